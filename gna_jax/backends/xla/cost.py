@@ -1,0 +1,158 @@
+"""How many queries a tile of the XLA backend takes on each axis: the tile shape with the least predicted time.
+
+A tile of T queries reads a box of about (T + window - 1) keys per axis: small tiles waste little of the box, large
+tiles multiply bigger matrices and start fewer loop steps. Predicted time of a tile, per batch entry and key/value
+head, with S keys in the box, M rows (queries x heads sharing a key), H and V the head dims:
+
+    S * M * (flops per pair / rate(M) + softmax) + S * (H + V) * moving a float + starting the ops of a step
+
+The constants are measured with `benchmarks/cpu.py --calibrate` for a CPU; elsewhere they are orders of magnitude that
+keep the number of steps low. Geometry comes from `tile_classes`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+from gna_jax.backends.xla.tile_classes import (
+    Outline,
+    TileClass,
+    axis_classes,
+    axis_outline,
+    slab_outline,
+)
+from gna_jax.neighborhood import AxisNeighborhood
+from gna_jax.problem import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a device does per nanosecond, and what it costs to ask.
+
+    Attributes:
+      flops: sustained multiply-adds x 2 per ns in products with many rows.
+      half_rows: rows at which a product reaches half that rate.
+      score_ns: exponential, mask and reductions of one score.
+      move_ns: reading a float of the box (and adding one to dK or dV, in the backward).
+      step_ns: starting all operations of one tile. loop_ns: a further loop in the program.
+      scratch_bytes: scores of one tile beyond which `score_ns` doubles (they leave the cache).
+    """
+
+    flops: float
+    half_rows: float
+    score_ns: float
+    move_ns: float
+    step_ns: float
+    loop_ns: float
+    scratch_bytes: int
+
+
+CPU = Rates(90.0, 8.0, 1.6, 0.35, 40e3, 400e3, 4 << 20)
+ACCELERATOR = Rates(20e3, 64.0, 0.01, 0.002, 60e3, 400e3, 64 << 20)
+
+Axes = tuple[tuple[int, bool], ...]
+"""Per axis: queries per tile, and whether to cut the axis at its edges."""
+
+
+def choose_tiles(problem: Problem, backward: bool) -> Axes:
+    """Tile shape of the forward or the backward pass."""
+    return _search(_without_scale(problem), backward)
+
+
+def build_classes(problem: Problem, tiles: Axes) -> tuple[tuple[TileClass, ...], ...]:
+    """The tile classes of a whole volume, per axis."""
+    axes = zip(problem.neighborhood.axes, problem.global_layout, tiles, strict=True)
+    return tuple(axis_classes(axis, length, *tile) for axis, length, tile in axes)
+
+
+def predicted_ns(problem: Problem, tiles: Axes, backward: bool) -> float:
+    """Predicted time of one pass with these tiles."""
+    axes = range(problem.rank)
+    return _time(problem, [_outline(problem, n, *tiles[n]) for n in axes], backward)
+
+
+def _without_scale(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, scale=0.0, precision=None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _search(problem: Problem, backward: bool) -> Axes:
+    """Coordinate descent from three starts; each step tries every candidate of one axis."""
+    candidates = [_candidates(problem, n) for n in range(problem.rank)]
+    best: tuple[float, Axes] | None = None
+    for rows in (16, 64, 256):
+        side = rows ** (1 / problem.rank)
+        tiles = [min(options, key=lambda t: abs(t[0] - side)) for options in candidates]
+        time = math.inf
+        while True:
+            for n, options in enumerate(candidates):
+                tiles[n] = min(
+                    options,
+                    key=lambda t: predicted_ns(problem, (*tiles[:n], t, *tiles[n + 1 :]), backward),
+                )
+            improved = predicted_ns(problem, tuple(tiles), backward)
+            if improved >= time:
+                break
+            time = improved
+        if best is None or time < best[0]:
+            best = (time, tuple(tiles))
+    assert best is not None
+    return best[1]
+
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 512)
+MAX_STEPS_PER_AXIS = 512
+"""Tiles per axis that a search still considers when they are smaller than 64 queries."""
+
+
+def _candidates(problem: Problem, axis: int) -> list[tuple[int, bool]]:
+    """Tile sizes of one axis, with and without cutting at the edges."""
+    rule = problem.neighborhood.axes[axis]
+    rows = -(-problem.query_layout[axis] // rule.dilation)
+    sizes = {min(size, rows) for size in (*SIZES, rule.stride, 2 * rule.stride) if size <= 512}
+    smallest = min(64, rows / MAX_STEPS_PER_AXIS)
+    kept = sorted(size for size in sizes if size >= smallest)
+    splits = (False,) if problem.is_slab else (False, True)
+    return list(itertools.product(kept, splits))
+
+
+def _outline(problem: Problem, axis: int, tile: int, split_edges: bool) -> Outline:
+    rule = problem.neighborhood.axes[axis]
+    length = problem.global_layout[axis]
+    if not problem.is_slab:
+        return _cached_outline(rule, length, tile, split_edges)
+    rows = -(-problem.query_layout[axis] // rule.dilation)
+    columns = -(-problem.key_layout[axis] // rule.dilation)
+    return slab_outline(rule, length, rows, columns, tile)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_outline(rule: AxisNeighborhood, length: int, tile: int, split_edges: bool) -> Outline:
+    return axis_outline(rule, length, tile, split_edges)
+
+
+def _time(problem: Problem, outlines: list[Outline], backward: bool) -> float:
+    """Predicted nanoseconds of one pass over all tiles."""
+    rates = CPU if problem.device.platform == "cpu" else ACCELERATOR
+    heads = problem.batch * problem.kv_heads
+    dims = problem.head_dim + problem.value_dim
+    flops = 2 * (dims if not backward else 2 * dims + problem.head_dim)
+    passes = 2.0 if backward else 1.0
+    itemsize = problem.accumulator.itemsize
+    total = rates.loop_ns * math.prod(outline.num_classes for outline in outlines)
+    combinations = itertools.product(
+        *(list(zip(o.rows, o.count, o.box, strict=True)) for o in outlines)
+    )
+    for combination in combinations:
+        rows = math.prod(rows for rows, _, _ in combination) * problem.heads_per_kv
+        steps = math.prod(count for _, count, _ in combination)
+        columns = math.prod(box for _, _, box in combination) + problem.num_additional
+        rate = rates.flops * rows / (rows + rates.half_rows)
+        score = rates.score_ns * passes
+        if heads * rows * columns * itemsize > rates.scratch_bytes:
+            score *= 2
+        tile = columns * rows * (flops / rate + score)
+        tile += columns * dims * rates.move_ns * 2 * passes
+        total += steps * (heads * tile + rates.step_ns * passes)
+    return total

@@ -1,0 +1,78 @@
+"""Forward pass of the XLA backend: for each query tile, one softmax over its key box and the additional keys.
+
+Memory and work are O(tokens x window): the largest intermediate is one tile's scores. Tiles and boxes come from
+`tile_classes`, arithmetic on one tile from `scores`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gna_jax.backends.xla import scores as tile_scores
+from gna_jax.backends.xla.bias import BiasDiagonals
+from gna_jax.backends.xla.loop_state import zeros_varying
+from gna_jax.backends.xla.tile import Tile, for_each_tile, grouped, loops, ungrouped
+from gna_jax.backends.xla.tile_classes import TileClass
+from gna_jax.problem import Operands, Problem
+
+
+def forward(
+    problem: Problem, operands: Operands, axes: tuple[tuple[TileClass, ...], ...]
+) -> tuple[jax.Array, jax.Array]:
+    """`out [B, *space, N, V]` in the query's dtype and `lse [B, *space, N]` in the accumulator's.
+
+    A query that sees no key gets out 0 and lse -inf.
+    """
+    dilation = problem.neighborhood.dilation
+    arrays = operands._replace(
+        query=grouped(operands.query, dilation),
+        key=grouped(operands.key, dilation),
+        value=grouped(operands.value, dilation),
+    )
+    bias = BiasDiagonals.of(problem, axes)
+    if problem.has_bias:
+        arrays = arrays._replace(bias=bias.padded(operands.bias))
+    space = arrays.query.shape[1:-2]
+    heads = (problem.batch, *space, problem.query_heads)
+    out = zeros_varying((*heads, problem.value_dim), operands.query.dtype, operands)
+    lse = zeros_varying((*heads, 1), problem.accumulator, operands)
+
+    def body(tile: Tile, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tile_out, tile_lse = _attend(problem, arrays, bias, tile)
+        return tile.write_queries(carry[0], tile_out), tile.write_queries(carry[1], tile_lse)
+
+    carry = (out, lse)
+    for classes in loops(axes):
+        carry = for_each_tile(classes, body, carry)
+    out, lse = (ungrouped(x, problem.query_layout) for x in carry)
+    return out, lse[..., 0]
+
+
+def _attend(
+    problem: Problem, arrays: Operands, bias: BiasDiagonals, tile: Tile
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of one tile: out `[B, T, N, V]`, lse `[B, T, N, 1]`."""
+    query = tile_scores.split_heads(problem, tile.read_queries(arrays.query))
+    key = tile_scores.box_heads(problem, tile.read_keys(arrays.key))
+    value = tile_scores.box_heads(problem, tile.read_keys(arrays.value))
+    parts = [(tile_scores.box_scores(problem, arrays, bias, tile, query, key), value)]
+    if problem.num_additional:
+        key = tile_scores.box_heads(problem, arrays.additional_keys)
+        value = tile_scores.box_heads(problem, arrays.additional_values)
+        parts.append((tile_scores.additional_scores(problem, arrays, query, key), value))
+    peaks = [jnp.max(scores, axis=2, keepdims=True) for scores, _ in parts]
+    peak = functools.reduce(jnp.maximum, peaks)  # [B, K, 1, M]
+    if problem.is_slab:
+        # A row without a key has peak -inf, and -inf - -inf would be NaN.
+        peak = jnp.where(peak == -jnp.inf, jnp.zeros((), peak.dtype), peak)
+    weights = [(jnp.exp(scores - peak), value) for scores, value in parts]
+    total = sum(jnp.sum(w, axis=2, keepdims=True) for w, _ in weights)
+    out = sum(tile_scores.matmul(problem, "bksh,bksm->bkhm", v, w) for w, v in weights)
+    lse = peak + jnp.log(total)
+    if problem.is_slab:
+        total = jnp.where(total == 0, jnp.ones((), total.dtype), total)
+    return (
+        tile_scores.merge_heads(problem, out / total),
+        tile_scores.merge_heads(problem, lse),
+    )
