@@ -3,5 +3,42 @@
 Start with `gna`. Layers for Flax are in `gna_jax.flax`.
 """
 
+from typing import Any
+
 from gna_jax.attention import gna as gna
+from gna_jax.backends import GnaPerformanceWarning as GnaPerformanceWarning
+from gna_jax.device import DeviceSpec as DeviceSpec
+from gna_jax.explanation import Explanation as Explanation
+from gna_jax.explanation import explain as explain
 from gna_jax.merge import merge_attentions as merge_attentions
+from gna_jax.natten import na1d as na1d
+from gna_jax.natten import na2d as na2d
+from gna_jax.natten import na3d as na3d
+from gna_jax.neighborhood import Neighborhood as Neighborhood
+from gna_jax.tiling import Tiles as Tiles
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DeviceSpec",
+    "Explanation",
+    "GnaPerformanceWarning",
+    "Neighborhood",
+    "Tiles",
+    "attention_fn",
+    "explain",
+    "gna",
+    "merge_attentions",
+    "na1d",
+    "na2d",
+    "na3d",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`attention_fn` on first use: it lives with the Flax layers, and Flax is optional and slow to import."""
+    if name == "attention_fn":
+        from gna_jax.flax.attention_fn import attention_fn
+
+        return attention_fn
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """`gna`: generalized neighborhood attention, and `slab_attention`, the same on a slab of a larger volume.
 
 Arguments become a `Problem` (`gna_jax.problem`), the ladder chooses an implementation (`gna_jax.backends`), one custom_vjp runs
-it (`gna_jax.vjp`). NATTEN's spelling lives in `gna_jax.natten`, merging in `gna_jax.merge`, reports in `gna_jax.explain`.
+it (`gna_jax.vjp`). NATTEN's spelling lives in `gna_jax.natten`, merging in `gna_jax.merge`, reports in `gna_jax.explanation`.
 """
 
 from collections.abc import Sequence
@@ -178,7 +178,7 @@ def _run(
     implementation: str | Sequence[str] | None,
     tiles: Tiles | None,
 ) -> tuple[jax.Array, jax.Array]:
-    _check_tiles(tiles, problem)
+    check_tiles(tiles, problem)
     check_spatial_axes(operands)
     choice = backends.choose(problem, implementation, tiles)
     if implementation is None:
@@ -190,7 +190,8 @@ def _run(
     return vjp.attend(plan, operands)
 
 
-def _check_tiles(tiles: Any, problem: Problem) -> None:
+def check_tiles(tiles: Any, problem: Problem) -> None:
+    """Raise unless `tiles` is None or a `Tiles` of the problem's rank."""
     if tiles is None:
         return
     if not isinstance(tiles, Tiles):

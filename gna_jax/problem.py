@@ -15,6 +15,7 @@ import numpy as np
 
 from gna_jax.device import DeviceSpec
 from gna_jax.neighborhood import Neighborhood, group_length
+from gna_jax.tiling import Tiles
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -93,6 +94,21 @@ class Problem:
             sum(_pairs(axis, length, residue) for residue in range(axis.dilation))
             for axis, length in zip(self.neighborhood.axes, self.global_layout, strict=True)
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a backend computes for a whole volume, per batch entry and head, forward.
+
+    Attributes:
+      tiles: query (and key) tiles it uses, forward and backward; None where it has none.
+      computed_pairs: query-key pairs whose score it computes.
+      masked_pairs: those of them that pass through a mask.
+    """
+
+    tiles: Tiles | None
+    computed_pairs: int
+    masked_pairs: int
 
 
 def _pairs(axis: Any, length: int, residue: int) -> int:

@@ -41,8 +41,8 @@ class Rung:
     def missing(self) -> str:
         """Why there is no module."""
         return (
-            f"{self.name} is not part of this version of gna_jax;"
-            " 'xla' runs the same call on every device"
+            "GPU kernels are not part of this version of gna_jax;"
+            " 'xla' runs the same call on every device, slower than a kernel would"
         )
 
     def reason(self, problem: Problem, tiles: Tiles | None) -> str | None:

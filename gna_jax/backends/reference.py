@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gna_jax.neighborhood import group_length
-from gna_jax.problem import Operands, Problem
+from gna_jax.problem import Operands, Problem, Workload
 from gna_jax.tiling import Tiles
 
 
@@ -81,3 +81,9 @@ def _tokens(layout: tuple[int, ...]) -> int:
 def supports(problem: Problem, tiles: Tiles | None) -> str | None:
     """None, or why the reference cannot run with these tiles."""
     return None if tiles is None else "reference is dense and has no tiles; pass tiles=None"
+
+
+def workload(problem: Problem, tiles: Tiles | None) -> Workload:
+    """Every pair of tokens, all masked."""
+    pairs = math.prod(problem.query_layout) * math.prod(problem.key_layout)
+    return Workload(tiles, pairs, pairs)

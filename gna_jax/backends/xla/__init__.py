@@ -13,7 +13,7 @@ from gna_jax.backends.xla import backward as _backward
 from gna_jax.backends.xla import cost
 from gna_jax.backends.xla import forward as _forward
 from gna_jax.backends.xla.tile_classes import TileClass, slab_class
-from gna_jax.problem import Operands, Problem
+from gna_jax.problem import Operands, Problem, Workload
 from gna_jax.tiling import Tiles
 
 PLATFORMS = None  # every one
@@ -61,16 +61,24 @@ def backward(
     return _backward.backward(problem, operands, classes, saved, cotangents)
 
 
-def visited_pairs(problem: Problem, tiles: Tiles | None, backward: bool) -> tuple[int, int]:
-    """Query-key pairs computed per batch entry and head over the whole volume, and how many of them pass a mask."""
-    classes = cost.build_classes(problem, query_tile(problem, tiles, backward))
+def workload(problem: Problem, tiles: Tiles | None) -> Workload:
+    """The tiles this backend uses for the whole volume, and the pairs its forward computes."""
+    tile = query_tile(problem, tiles, backward=False)
+    back = query_tile(problem, tiles, backward=True)
+    classes = cost.build_classes(problem, tile)
     pairs = [[c.num_tiles * c.query_length * c.box_length for c in axis] for axis in classes]
     full = [
-        sum(p for p, c in zip(sizes, axis, strict=True) if c.is_full)
+        sum(size for size, c in zip(sizes, axis, strict=True) if c.is_full)
         for sizes, axis in zip(pairs, classes, strict=True)
     ]
-    total = math.prod(sum(sizes) for sizes in pairs)
-    return total, total - math.prod(full)
+    computed = math.prod(sum(sizes) for sizes in pairs)
+    return Workload(
+        tiles=Tiles(
+            q=tuple(size for size, _ in tile), kv=None, backward_q=tuple(size for size, _ in back)
+        ),
+        computed_pairs=computed,
+        masked_pairs=computed - math.prod(full),
+    )
 
 
 def _classes(problem: Problem, operands: Operands, tile: Any) -> tuple[tuple[TileClass, ...], ...]:

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from gna_jax.backends.xla import scores as tile_scores
 from gna_jax.backends.xla.bias import BiasDiagonals
+from gna_jax.backends.xla.cost import tiles_per_step
 from gna_jax.backends.xla.loop_state import zeros_varying
-from gna_jax.backends.xla.tile import Tile, for_each_tile, grouped, loops, ungrouped
+from gna_jax.backends.xla.tile import grouped, ungrouped
 from gna_jax.backends.xla.tile_classes import TileClass
+from gna_jax.backends.xla.tile_group import TileGroup, for_each_group, loops
 from gna_jax.problem import Operands, Problem
 
 
@@ -64,12 +66,12 @@ def backward(
     )
     rows = _rows(problem, saved, cotangents)
 
-    def body(tile: Tile, sums: _Sums) -> _Sums:
-        return _tile_gradients(problem, arrays, bias, rows, tile, sums)
+    def body(group: TileGroup, sums: _Sums) -> _Sums:
+        return _group_gradients(problem, arrays, bias, rows, group, sums)
 
     sums = _zero_sums(problem, arrays, operands, bias)
     for classes in loops(axes):
-        sums = for_each_tile(classes, body, sums)
+        sums = for_each_group(classes, tiles_per_step(problem, classes), body, sums)
     return Operands(
         query=ungrouped(sums.query, problem.query_layout),
         key=ungrouped(sums.key, problem.key_layout).astype(operands.key.dtype),
@@ -123,43 +125,46 @@ def _zero_sums(
     )
 
 
-def _tile_gradients(
+def _group_gradients(
     problem: Problem,
     arrays: Operands,
     bias: BiasDiagonals,
     rows: _Rows,
-    tile: Tile,
+    group: TileGroup,
     sums: _Sums,
 ) -> _Sums:
-    """`sums` plus what one query tile contributes."""
-    query = tile_scores.split_heads(problem, tile.read_queries(arrays.query))
-    key = tile_scores.box_heads(problem, tile.read_keys(arrays.key))
-    value = tile_scores.box_heads(problem, tile.read_keys(arrays.value))
+    """`sums` plus what a group of query tiles contributes."""
+    query = tile_scores.split_heads(problem, group.read_queries(arrays.query))
+    key_box = group.read_keys(arrays.key)
+    key = tile_scores.box_heads(problem, key_box)
+    value = tile_scores.box_heads(problem, group.read_keys(arrays.value))
     saved = _SavedRows(
-        dout=tile_scores.split_heads(problem, _owned(tile, rows.dout)),
-        lse=_row_vector(problem, tile.read_queries(rows.lse)),
-        delta=_row_vector(problem, _owned(tile, rows.delta)),
+        dout=tile_scores.split_heads(problem, _owned(group, rows.dout)),
+        lse=_row_vector(problem, group.read_queries(rows.lse)),
+        delta=_row_vector(problem, _owned(group, rows.delta)),
     )
-    scores = tile_scores.box_scores(problem, arrays, bias, tile, query, key)
+    scores = tile_scores.box_scores(problem, arrays, bias, group, query, key)
     pairs = _pair_gradients(problem, scores, value, saved)
-    dscores = tile_scores.masked(problem, tile, pairs.dscores, 0)
-    dquery = tile_scores.matmul(problem, "bksh,bksm->bkhm", key, dscores)
-    dkey = tile_scores.matmul(problem, "bksm,bkmh->bksh", dscores, query) * problem.scale
+    dscores = tile_scores.masked(problem, group, pairs.dscores, 0)
+    key = tile_scores.box_heads_transposed(problem, key_box)
+    dquery = tile_scores.matmul(problem, "gbkhs,gbksm->gbkhm", key, dscores)
+    dkey = tile_scores.matmul(problem, "gbksm,gbkmh->gbksh", dscores, query) * problem.scale
+    dvalue = tile_scores.matmul(problem, "gbksm,gbkmh->gbksh", pairs.weights, saved.dout)
     sums = sums._replace(
-        key=tile.add_keys(sums.key, tile_scores.merge_box(dkey)),
-        value=tile.add_keys(sums.value, tile_scores.merge_box(pairs.dvalue)),
+        key=group.add_keys(sums.key, tile_scores.merge_box(dkey)),
+        value=group.add_keys(sums.value, tile_scores.merge_box(dvalue)),
     )
     if sums.bias is not None:
-        sums = sums._replace(bias=bias.add_gradient(sums.bias, tile, dscores))
+        sums = sums._replace(bias=bias.add_gradient(sums.bias, group, dscores))
     if problem.num_additional:
         more, sums = _additional_gradients(problem, arrays, query, saved, sums)
         dquery = dquery + more
     dquery = tile_scores.merge_heads(problem, dquery * problem.scale)
-    return sums._replace(query=tile.write_queries(sums.query, dquery))
+    return sums._replace(query=group.write_queries(sums.query, dquery))
 
 
 class _SavedRows(NamedTuple):
-    """What the forward and the loss left for a tile's rows: dout `[B, K, M, V]`, lse and delta `[B, K, 1, M]`."""
+    """What the forward and the loss left for tiles' rows: dout `[G, B, K, M, V]`, lse and delta `[G, B, K, 1, M]`."""
 
     dout: jax.Array
     lse: jax.Array
@@ -167,52 +172,51 @@ class _SavedRows(NamedTuple):
 
 
 class _PairGradients(NamedTuple):
-    """dS `[B, K, S, M]`, not yet masked, and dV `[B, K, S, V]`."""
+    """dS `[G, B, K, S, M]`, not yet masked, and P."""
 
     dscores: jax.Array
-    dvalue: jax.Array
+    weights: jax.Array
 
 
 def _pair_gradients(
     problem: Problem, scores: jax.Array, value: jax.Array, saved: _SavedRows
 ) -> _PairGradients:
     weights = jnp.exp(scores - saved.lse)
-    dweights = tile_scores.matmul(problem, "bksh,bkmh->bksm", value, saved.dout)
-    return _PairGradients(
-        dscores=weights * (dweights - saved.delta),
-        dvalue=tile_scores.matmul(problem, "bksm,bkmh->bksh", weights, saved.dout),
-    )
+    axes = "gbksh" if value.ndim == 5 else "bksh"
+    dweights = tile_scores.matmul(problem, f"{axes},gbkmh->gbksm", value, saved.dout)
+    return _PairGradients(dscores=weights * (dweights - saved.delta), weights=weights)
 
 
-def _owned(tile: Tile, grouped_rows: jax.Array) -> jax.Array:
-    """The tile's rows `[B, T, N, ..]`, zero where another tile answers for them.
+def _owned(group: TileGroup, grouped_rows: jax.Array) -> jax.Array:
+    """The tiles' rows `[G, B, T, N, ..]`, zero where another tile answers for them.
 
     With dout and delta zero a row adds nothing to dK and dV, so overlapping tiles do not count twice.
     """
-    rows = tile.read_queries(grouped_rows)
-    if all(c.has_owned_all for c in tile.classes):
+    rows = group.read_queries(grouped_rows)
+    owned = group.owned_rows()
+    if owned is None:
         return rows
-    owned = tile.owned_rows().reshape(1, -1, 1, 1)
-    return jnp.where(owned, rows, jnp.zeros((), rows.dtype))
+    return jnp.where(owned[:, None, :, None, None], rows, jnp.zeros((), rows.dtype))
 
 
 def _row_vector(problem: Problem, rows: jax.Array) -> jax.Array:
-    """`[B, T, N, 1]` -> `[B, K, 1, M]`."""
-    return tile_scores.split_heads(problem, rows).transpose(0, 1, 3, 2)
+    """`[G, B, T, N, 1]` -> `[G, B, K, 1, M]`."""
+    return jnp.swapaxes(tile_scores.split_heads(problem, rows), -1, -2)
 
 
 def _additional_gradients(
     problem: Problem, arrays: Operands, query: jax.Array, saved: _SavedRows, sums: _Sums
 ) -> tuple[jax.Array, _Sums]:
-    """What a tile's rows get from the additional keys in dQ `[B, K, H, M]` (unscaled), and `sums` with what they give."""
+    """What tiles' rows get from the additional keys in dQ `[G, B, K, H, M]` (unscaled), and `sums` with what they give."""
     key = tile_scores.box_heads(problem, arrays.additional_keys)
     value = tile_scores.box_heads(problem, arrays.additional_values)
     scores = tile_scores.additional_scores(problem, arrays, query, key)
     pairs = _pair_gradients(problem, scores, value, saved)
     dscores = tile_scores.mask_additional(arrays, pairs.dscores, 0)
-    dquery = tile_scores.matmul(problem, "bksh,bksm->bkhm", key, dscores)
-    dkey = tile_scores.matmul(problem, "bksm,bkmh->bksh", dscores, query) * problem.scale
+    dquery = tile_scores.matmul(problem, "bksh,gbksm->gbkhm", key, dscores)
+    dkey = tile_scores.matmul(problem, "gbksm,gbkmh->bksh", dscores, query) * problem.scale
+    dvalue = tile_scores.matmul(problem, "gbksm,gbkmh->bksh", pairs.weights, saved.dout)
     return dquery, sums._replace(
         additional_keys=sums.additional_keys + dkey,
-        additional_values=sums.additional_values + pairs.dvalue,
+        additional_values=sums.additional_values + dvalue,
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from gna_jax.backends.xla.tile import Tile
 from gna_jax.backends.xla.tile_classes import TileClass
+from gna_jax.backends.xla.tile_group import TileGroup
 from gna_jax.problem import Problem
 
 
@@ -51,8 +52,20 @@ class BiasDiagonals:
         sizes = (2 * w - 1 + 2 * p for w, p in extents)
         return (self.problem.batch, self.problem.query_heads, *sizes)
 
-    def of_tile(self, table: jax.Array, tile: Tile) -> jax.Array:
-        """Bias of a tile as its scores lie, `[1, K, S, M]`, from the padded table."""
+    def of_group(self, table: jax.Array, group: TileGroup) -> jax.Array:
+        """Bias of tiles as their scores lie, `[G, 1, K, S, M]`, from the padded table."""
+        return group.map(lambda tile: self._of_tile(table, tile))
+
+    def add_gradient(self, target: jax.Array, group: TileGroup, gradient: jax.Array) -> jax.Array:
+        """`target` (of `gradient_shape`) plus score gradients `[G, B, K, S, M]`: the transpose of `of_group`."""
+
+        def add(n: Any, tile: Tile, target: jax.Array) -> jax.Array:
+            return self._add_tile(target, tile, gradient[n])
+
+        return group.in_order(add, target)
+
+    def _of_tile(self, table: jax.Array, tile: Tile) -> jax.Array:
+        """`[1, K, S, M]`."""
         rank = len(tile.classes)
         starts, sizes = self._diagonals(tile)
         bias = jax.lax.dynamic_slice(table, [jnp.int32(0), *starts], (table.shape[0], *sizes))
@@ -65,8 +78,8 @@ class BiasDiagonals:
         bias = bias.reshape(kv_heads, per_kv, tile.num_keys, tile.num_queries)
         return bias.transpose(0, 2, 1, 3).reshape(1, kv_heads, tile.num_keys, -1)
 
-    def add_gradient(self, target: jax.Array, tile: Tile, gradient: jax.Array) -> jax.Array:
-        """`target` (of `gradient_shape`) plus a tile's score gradient `[B, K, S, M]`: the transpose of `of_tile`."""
+    def _add_tile(self, target: jax.Array, tile: Tile, gradient: jax.Array) -> jax.Array:
+        """`gradient` is `[B, K, S, M]`."""
         rank, batch = len(tile.classes), gradient.shape[0]
         rows = [c.query_length for c in tile.classes]
         columns = [c.box_length for c in tile.classes]

@@ -66,6 +66,19 @@ def build_classes(problem: Problem, tiles: Axes) -> tuple[tuple[TileClass, ...],
     return tuple(axis_classes(axis, length, *tile) for axis, length, tile in axes)
 
 
+def tiles_per_step(problem: Problem, classes: tuple[TileClass, ...]) -> int:
+    """How many tiles of these classes one loop step takes: as many as the scores' share of the cache holds."""
+    rows = math.prod(c.query_length for c in classes) * problem.heads_per_kv
+    columns = math.prod(c.box_length for c in classes)
+    heads = problem.batch * problem.kv_heads
+    bytes_of_scores = rows * columns * heads * problem.accumulator.itemsize
+    return max(1, _rates(problem).scratch_bytes // bytes_of_scores)
+
+
+def _rates(problem: Problem) -> Rates:
+    return CPU if problem.device.platform == "cpu" else ACCELERATOR
+
+
 def predicted_ns(problem: Problem, tiles: Axes, backward: bool) -> float:
     """Predicted time of one pass with these tiles."""
     axes = range(problem.rank)
@@ -134,7 +147,7 @@ def _cached_outline(rule: AxisNeighborhood, length: int, tile: int, split_edges:
 
 def _time(problem: Problem, outlines: list[Outline], backward: bool) -> float:
     """Predicted nanoseconds of one pass over all tiles."""
-    rates = CPU if problem.device.platform == "cpu" else ACCELERATOR
+    rates = _rates(problem)
     heads = problem.batch * problem.kv_heads
     dims = problem.head_dim + problem.value_dim
     flops = 2 * (dims if not backward else 2 * dims + problem.head_dim)

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 
 from gna_jax.backends.xla import scores as tile_scores
 from gna_jax.backends.xla.bias import BiasDiagonals
+from gna_jax.backends.xla.cost import tiles_per_step
 from gna_jax.backends.xla.loop_state import zeros_varying
-from gna_jax.backends.xla.tile import Tile, for_each_tile, grouped, loops, ungrouped
+from gna_jax.backends.xla.tile import grouped, ungrouped
 from gna_jax.backends.xla.tile_classes import TileClass
+from gna_jax.backends.xla.tile_group import TileGroup, for_each_group, loops
 from gna_jax.problem import Operands, Problem
 
 
@@ -38,37 +40,37 @@ def forward(
     out = zeros_varying((*heads, problem.value_dim), operands.query.dtype, operands)
     lse = zeros_varying((*heads, 1), problem.accumulator, operands)
 
-    def body(tile: Tile, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        tile_out, tile_lse = _attend(problem, arrays, bias, tile)
-        return tile.write_queries(carry[0], tile_out), tile.write_queries(carry[1], tile_lse)
+    def body(group: TileGroup, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rows, row_lse = _attend(problem, arrays, bias, group)
+        return group.write_queries(carry[0], rows), group.write_queries(carry[1], row_lse)
 
     carry = (out, lse)
     for classes in loops(axes):
-        carry = for_each_tile(classes, body, carry)
+        carry = for_each_group(classes, tiles_per_step(problem, classes), body, carry)
     out, lse = (ungrouped(x, problem.query_layout) for x in carry)
     return out, lse[..., 0]
 
 
 def _attend(
-    problem: Problem, arrays: Operands, bias: BiasDiagonals, tile: Tile
+    problem: Problem, arrays: Operands, bias: BiasDiagonals, group: TileGroup
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of one tile: out `[B, T, N, V]`, lse `[B, T, N, 1]`."""
-    query = tile_scores.split_heads(problem, tile.read_queries(arrays.query))
-    key = tile_scores.box_heads(problem, tile.read_keys(arrays.key))
-    value = tile_scores.box_heads(problem, tile.read_keys(arrays.value))
-    parts = [(tile_scores.box_scores(problem, arrays, bias, tile, query, key), value)]
+    """Softmax attention of a group: out `[G, B, T, N, V]`, lse `[G, B, T, N, 1]`."""
+    query = tile_scores.split_heads(problem, group.read_queries(arrays.query))
+    key = tile_scores.box_heads(problem, group.read_keys(arrays.key))
+    value = tile_scores.box_heads_transposed(problem, group.read_keys(arrays.value))
+    parts = [(tile_scores.box_scores(problem, arrays, bias, group, query, key), value, "gbkhs")]
     if problem.num_additional:
         key = tile_scores.box_heads(problem, arrays.additional_keys)
         value = tile_scores.box_heads(problem, arrays.additional_values)
-        parts.append((tile_scores.additional_scores(problem, arrays, query, key), value))
-    peaks = [jnp.max(scores, axis=2, keepdims=True) for scores, _ in parts]
-    peak = functools.reduce(jnp.maximum, peaks)  # [B, K, 1, M]
+        parts.append((tile_scores.additional_scores(problem, arrays, query, key), value, "bksh"))
+    peaks = [jnp.max(scores, axis=-2, keepdims=True) for scores, *_ in parts]
+    peak = functools.reduce(jnp.maximum, peaks)  # [G, B, K, 1, M]
     if problem.is_slab:
         # A row without a key has peak -inf, and -inf - -inf would be NaN.
         peak = jnp.where(peak == -jnp.inf, jnp.zeros((), peak.dtype), peak)
-    weights = [(jnp.exp(scores - peak), value) for scores, value in parts]
-    total = sum(jnp.sum(w, axis=2, keepdims=True) for w, _ in weights)
-    out = sum(tile_scores.matmul(problem, "bksh,bksm->bkhm", v, w) for w, v in weights)
+    weights = [(jnp.exp(scores - peak), *value) for scores, *value in parts]
+    total = sum(jnp.sum(w, axis=-2, keepdims=True) for w, *_ in weights)
+    out = sum(tile_scores.matmul(problem, f"{v_axes},gbksm->gbkhm", v, w) for w, v, v_axes in weights)
     lse = peak + jnp.log(total)
     if problem.is_slab:
         total = jnp.where(total == 0, jnp.ones((), total.dtype), total)

@@ -1,14 +1,14 @@
-"""One query tile and its key box: reading them, the mask, the scores, the bias, writing results.
+"""One query tile and its key box: where they lie, reading and writing them, who sees whom.
 
 Arrays of tokens are seen here as `[B, A0, d0, A1, d1, .., heads, dim]`: a free reshape of `[B, *space, heads, dim]`
 that makes a token of a dilation group one index `A` beside its residue `d` (`grouped`). A tile is a box of `A`s at
-one residue per axis. The loops over tiles live in `forward` and `backward`.
+one residue per axis. Several tiles at a time: `gna_jax.backends.xla.tile_group`.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,11 @@ def ungrouped(tokens: jax.Array, space: Sequence[int]) -> jax.Array:
     return tokens[(slice(None), *(slice(0, length) for length in space))]
 
 
+def is_uniform(table: Any) -> bool:
+    """Whether all tiles share one entry of a table `[n, ..]`, known while tracing."""
+    return isinstance(table, np.ndarray) and bool(np.all(table == table[:1]))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tile:
     """Where one query tile and its key box lie, and who sees whom. One entry per axis; scalars may be traced."""
@@ -52,11 +57,6 @@ class Tile:
     def num_keys(self) -> int:
         """Columns: keys of the box."""
         return math.prod(c.box_length for c in self.classes)
-
-    @property
-    def is_full(self) -> bool:
-        """Every row sees every column."""
-        return all(c.is_full for c in self.classes)
 
     def read_queries(self, tokens: jax.Array) -> jax.Array:
         """The tile's rows of a grouped array: `[B, rows, heads, dim]`."""
@@ -77,12 +77,13 @@ class Tile:
         ).reshape(1, self.num_keys, 1, 1)
         return jnp.where(seen, box, jnp.zeros((), box.dtype))
 
-    def write_queries(self, target: jax.Array, rows: jax.Array) -> jax.Array:
-        """`target` (grouped) with the rows this tile owns replaced by `rows` `[B, rows, heads, dim]`."""
+    def write_queries(
+        self, target: jax.Array, rows: jax.Array, owned: jax.Array | None
+    ) -> jax.Array:
+        """`target` (grouped) with the tile's rows replaced by `rows` `[B, rows, heads, dim]`, where `owned` [rows]."""
         start, shape = self._box(target, *self._query_place())
-        if not all(c.has_owned_all for c in self.classes):
-            owned = self.owned_rows().reshape(1, -1, 1, 1)
-            rows = jnp.where(owned, rows, self.read_queries(target))
+        if owned is not None:
+            rows = jnp.where(owned.reshape(1, -1, 1, 1), rows, self.read_queries(target))
         return jax.lax.dynamic_update_slice(target, rows.astype(target.dtype).reshape(shape), start)
 
     def add_keys(self, target: jax.Array, columns: jax.Array) -> jax.Array:
@@ -117,7 +118,7 @@ class Tile:
 
     def _at(self, axis: int, table: Any) -> Any:
         """This tile's entry of a table `[n, ..]` of one axis; stays numpy where all entries agree."""
-        if isinstance(table, np.ndarray) and bool(np.all(table == table[:1])):
+        if is_uniform(table):
             return table[0]
         return jax.lax.dynamic_index_in_dim(
             jnp.asarray(table), self.index[axis], axis=0, keepdims=False
@@ -156,24 +157,3 @@ class Tile:
             shape[n] = vector.shape[0]
             product = product & vector.reshape(shape)
         return jnp.asarray(product).reshape(-1)
-
-
-def loops(axes: Sequence[Sequence[TileClass]]) -> Iterator[tuple[TileClass, ...]]:
-    """Combinations of one class per axis: each is one loop over tiles of one static shape."""
-    return itertools.product(*axes)
-
-
-def for_each_tile(classes: tuple[TileClass, ...], body: Any, carry: Any) -> Any:
-    """`carry = body(tile, carry)` for every tile of a combination of classes, in row-major order."""
-    counts = [c.num_tiles for c in classes]
-
-    def step(number: jax.Array, carry: Any) -> Any:
-        index, rest = [], number
-        for count in reversed(counts):
-            index.insert(0, rest % count)
-            rest = rest // count
-        return body(Tile(classes, tuple(index)), carry)
-
-    if math.prod(counts) == 1:
-        return body(Tile(classes, (0,) * len(classes)), carry)
-    return jax.lax.fori_loop(np.int32(0), np.int32(math.prod(counts)), step, carry)
