@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 """The command, installed as `gna-jax`; also `python -m gna_jax`."""
 
-PER_AXIS = "one value, or one per axis joined by x, as in 18x24x24"
+PER_AXIS = "one value, or one per axis joined by x"
 
 
 def _print_version(wanted: bool) -> None:
@@ -44,7 +44,10 @@ def explain(
         str, typer.Argument(help="tokens per axis joined by x, as in 30x48x80", metavar="LAYOUT")
     ],
     window: Annotated[
-        str, typer.Option("--window", "-w", help=f"window_size: {PER_AXIS}; -1: the whole axis")
+        str,
+        typer.Option(
+            "--window", "-w", help=f"window_size: {PER_AXIS}, as in 18x24x24; -1: the whole axis"
+        ),
     ],
     stride: Annotated[str, typer.Option("--stride", "-s", help=f"stride: {PER_AXIS}")] = "1",
     dilation: Annotated[str, typer.Option(help=f"dilation: {PER_AXIS}")] = "1",
@@ -88,6 +91,9 @@ def explain(
         )
     except (ValueError, TypeError) as error:  # bad input: the library's message says the way out
         raise typer.BadParameter(str(error)) from error
+    except NotImplementedError as error:  # legal, but the implementation that was asked for cannot
+        typer.echo(f"gna-jax: {error}", err=True)
+        raise typer.Exit(1) from error
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(explanation), default=str))
     else:

@@ -4,7 +4,7 @@ A tile of T queries reads a box of about (T + window - 1) keys per axis: small t
 tiles multiply bigger matrices and start fewer loop steps. Predicted time of a tile, per batch entry and key/value
 head, with S keys in the box, M rows (queries x heads sharing a key), H and V the head dims:
 
-    S * M * (flops per pair / rate(M) + softmax) + S * (H + V) * moving a float + starting the ops of a step
+    S * M * (flops per pair / rate(M) + softmax) + S * (H + V) * moving a float + its share of starting a step
 
 The constants are measured with `benchmarks/cpu.py --calibrate` for a CPU; elsewhere they are orders of magnitude that
 keep the number of steps low. Geometry comes from `tile_classes`.
@@ -33,26 +33,32 @@ class Rates:
     Attributes:
       flops: sustained multiply-adds x 2 per ns in products with many rows.
       half_rows: rows at which a product reaches half that rate.
+      vector: rows are computed in multiples of it.
       score_ns: exponential, mask and reductions of one score.
+      mask_ns: more for a mask that differs from tile to tile and is built in the loop.
       move_ns: reading a float of the box (and adding one to dK or dV, in the backward).
-      step_ns: starting all operations of one tile. loop_ns: a further loop in the program.
-      scratch_bytes: scores of one tile beyond which `score_ns` doubles (they leave the cache).
+      step_ns: starting all operations of one step. loop_ns: a further loop in the program; mostly its compile time.
+      scratch_bytes: scores of the tiles that share a step.
+      cache_bytes: scores of one tile beyond which they leave the cache and `score_ns` doubles.
     """
 
     flops: float
     half_rows: float
+    vector: int
     score_ns: float
+    mask_ns: float
     move_ns: float
     step_ns: float
     loop_ns: float
     scratch_bytes: int
+    cache_bytes: int
 
 
-CPU = Rates(90.0, 8.0, 1.6, 0.35, 40e3, 400e3, 4 << 20)
-ACCELERATOR = Rates(20e3, 64.0, 0.01, 0.002, 60e3, 400e3, 64 << 20)
+CPU = Rates(120.0, 48.0, 16, 1.0, 4.0, 0.4, 100e3, 2e6, 1 << 20, 24 << 20)
+ACCELERATOR = Rates(20e3, 64.0, 64, 0.01, 0.01, 0.002, 200e3, 2e6, 64 << 20, 512 << 20)
 
 Axes = tuple[tuple[int, bool], ...]
-"""Per axis: queries per tile, and whether to cut the axis at its edges."""
+"""Per axis: queries per tile, and whether to keep edge tiles apart (`axis_classes`)."""
 
 
 def choose_tiles(problem: Problem, backward: bool) -> Axes:
@@ -91,27 +97,34 @@ def _without_scale(problem: Problem) -> Problem:
 
 @functools.lru_cache(maxsize=1024)
 def _search(problem: Problem, backward: bool) -> Axes:
-    """Coordinate descent from three starts; each step tries every candidate of one axis."""
+    """Coordinate descent from several starts; each step tries every candidate of one axis."""
     candidates = [_candidates(problem, n) for n in range(problem.rank)]
-    best: tuple[float, Axes] | None = None
-    for rows in (16, 64, 256):
+    splits = (False,) if problem.is_slab else (False, True)
+    found = []
+    for rows, split_edges in itertools.product((16, 64, 256), splits):
         side = rows ** (1 / problem.rank)
-        tiles = [min(options, key=lambda t: abs(t[0] - side)) for options in candidates]
-        time = math.inf
-        while True:
-            for n, options in enumerate(candidates):
-                tiles[n] = min(
-                    options,
-                    key=lambda t: predicted_ns(problem, (*tiles[:n], t, *tiles[n + 1 :]), backward),
-                )
-            improved = predicted_ns(problem, tuple(tiles), backward)
-            if improved >= time:
-                break
-            time = improved
-        if best is None or time < best[0]:
-            best = (time, tuple(tiles))
-    assert best is not None
-    return best[1]
+        tiles = [(min(sizes, key=lambda t: abs(t - side)), split_edges) for sizes in candidates]
+        found.append(_descend(problem, tiles, candidates, backward))
+    return min(found)[1]
+
+
+def _descend(
+    problem: Problem, tiles: list[tuple[int, bool]], candidates: list[list[int]], backward: bool
+) -> tuple[float, Axes]:
+    """Predicted time and tiles once no change of a single axis is cheaper. Axes are cut all or none."""
+    best = math.inf
+    while True:
+        for n, sizes in enumerate(candidates):
+
+            def time(size: int, n: int = n) -> float:
+                changed = (*tiles[:n], (size, tiles[n][1]), *tiles[n + 1 :])
+                return predicted_ns(problem, changed, backward)
+
+            tiles[n] = (min(sizes, key=time), tiles[n][1])
+        improved = predicted_ns(problem, tuple(tiles), backward)
+        if improved >= best:
+            return best, tuple(tiles)
+        best = improved
 
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 512)
@@ -119,15 +132,13 @@ MAX_STEPS_PER_AXIS = 512
 """Tiles per axis that a search still considers when they are smaller than 64 queries."""
 
 
-def _candidates(problem: Problem, axis: int) -> list[tuple[int, bool]]:
-    """Tile sizes of one axis, with and without cutting at the edges."""
+def _candidates(problem: Problem, axis: int) -> list[int]:
+    """Tile sizes of one axis."""
     rule = problem.neighborhood.axes[axis]
     rows = -(-problem.query_layout[axis] // rule.dilation)
     sizes = {min(size, rows) for size in (*SIZES, rule.stride, 2 * rule.stride) if size <= 512}
     smallest = min(64, rows / MAX_STEPS_PER_AXIS)
-    kept = sorted(size for size in sizes if size >= smallest)
-    splits = (False,) if problem.is_slab else (False, True)
-    return list(itertools.product(kept, splits))
+    return sorted(size for size in sizes if size >= smallest)
 
 
 def _outline(problem: Problem, axis: int, tile: int, split_edges: bool) -> Outline:
@@ -154,18 +165,24 @@ def _time(problem: Problem, outlines: list[Outline], backward: bool) -> float:
     passes = 2.0 if backward else 1.0
     itemsize = problem.accumulator.itemsize
     total = rates.loop_ns * math.prod(outline.num_classes for outline in outlines)
+    is_uniform = all(outline.is_uniform for outline in outlines)
     combinations = itertools.product(
         *(list(zip(o.rows, o.count, o.box, strict=True)) for o in outlines)
     )
     for combination in combinations:
         rows = math.prod(rows for rows, _, _ in combination) * problem.heads_per_kv
-        steps = math.prod(count for _, count, _ in combination)
+        tiles = math.prod(count for _, count, _ in combination)
         columns = math.prod(box for _, _, box in combination) + problem.num_additional
-        rate = rates.flops * rows / (rows + rates.half_rows)
+        padded = -(-rows // rates.vector) * rates.vector
+        rate = rates.flops * rows / (padded + rates.half_rows)
         score = rates.score_ns * passes
-        if heads * rows * columns * itemsize > rates.scratch_bytes:
+        if not is_uniform:
+            score += rates.mask_ns * passes
+        scratch = heads * rows * columns * itemsize
+        if scratch > rates.cache_bytes:
             score *= 2
         tile = columns * rows * (flops / rate + score)
         tile += columns * dims * rates.move_ns * 2 * passes
-        total += steps * (heads * tile + rates.step_ns * passes)
+        steps = math.ceil(tiles / max(1, rates.scratch_bytes // scratch))
+        total += tiles * heads * tile + steps * rates.step_ns * passes
     return total

@@ -70,7 +70,9 @@ def _attend(
         peak = jnp.where(peak == -jnp.inf, jnp.zeros((), peak.dtype), peak)
     weights = [(jnp.exp(scores - peak), *value) for scores, *value in parts]
     total = sum(jnp.sum(w, axis=-2, keepdims=True) for w, *_ in weights)
-    out = sum(tile_scores.matmul(problem, f"{v_axes},gbksm->gbkhm", v, w) for w, v, v_axes in weights)
+    out = sum(
+        tile_scores.matmul(problem, f"{v_axes},gbksm->gbkhm", v, w) for w, v, v_axes in weights
+    )
     lse = peak + jnp.log(total)
     if problem.is_slab:
         total = jnp.where(total == 0, jnp.ones((), total.dtype), total)

@@ -10,6 +10,7 @@ All positions lie in dilation groups (see `gna_jax.neighborhood`).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,7 @@ class Outline:
     count: tuple[int, ...]
     box: tuple[float, ...]
     num_classes: int
+    is_uniform: bool  # whether each class has one mask for all its tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +113,20 @@ def axis_classes(
       axis: rule of the axis.
       length: tokens on the axis, all dilation groups together.
       tile: queries per tile.
-      split_edges: cut the axis where its windows stop being clamped.
+      split_edges: cut the axis where its windows stop being clamped, and keep tiles of unlike boxes apart;
+        False: one class per tile length (one in all, or two where the dilation does not divide the length).
     """
     classes: dict[tuple, list[_Tile]] = {}
     for region in _regions(axis, length, tile, split_edges):
         for one in _tiles(axis, region):
             classes.setdefault(one.signature, []).append(one)
-    return tuple(_merge(tiles) for tiles in _pooled(list(classes.values())))
+    pools = list(classes.values())
+    if split_edges:
+        return tuple(_merge(tiles) for tiles in _pooled(pools))
+    by_length: dict[int, list[_Tile]] = {}
+    for one in itertools.chain(*pools):
+        by_length.setdefault(len(one.first), []).append(one)
+    return tuple(_merge(tiles) for tiles in by_length.values())
 
 
 def axis_outline(axis: AxisNeighborhood, length: int, tile: int, split_edges: bool) -> Outline:
@@ -128,11 +137,14 @@ def axis_outline(axis: AxisNeighborhood, length: int, tile: int, split_edges: bo
         _, end = axis.keys(region.start + region.length - 1, region.group)
         boxes.setdefault(region.length, []).append(np.tile(end - first, len(region.residues)))
     joined = {rows: np.concatenate(parts) for rows, parts in boxes.items()}
+    if not split_edges:
+        joined = {rows: np.full_like(box, np.max(box)) for rows, box in joined.items()}
     return Outline(
         rows=tuple(joined),
         count=tuple(len(box) for box in joined.values()),
         box=tuple(float(np.mean(box)) for box in joined.values()),
         num_classes=min(MAX_CLASSES, sum(len(np.unique(box)) for box in joined.values())),
+        is_uniform=split_edges or all(len(box) == 1 for box in joined.values()),
     )
 
 
@@ -142,7 +154,7 @@ def slab_outline(
     """The outline of `slab_class`: `rows` and `columns` are the slabs' tokens per dilation group."""
     tile = min(tile, rows)
     box = min(columns, worst_box(axis, -(-length // axis.dilation), tile))
-    return Outline((tile,), (-(-rows // tile) * axis.dilation,), (float(box),), 1)
+    return Outline((tile,), (-(-rows // tile) * axis.dilation,), (float(box),), 1, False)
 
 
 def _regions(
