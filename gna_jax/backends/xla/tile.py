@@ -82,9 +82,10 @@ class Tile:
     ) -> jax.Array:
         """`target` (grouped) with the tile's rows replaced by `rows` `[B, rows, heads, dim]`, where `owned` [rows]."""
         start, shape = self._box(target, *self._query_place())
+        rows = rows.astype(target.dtype)
         if owned is not None:
             rows = jnp.where(owned.reshape(1, -1, 1, 1), rows, self.read_queries(target))
-        return jax.lax.dynamic_update_slice(target, rows.astype(target.dtype).reshape(shape), start)
+        return jax.lax.dynamic_update_slice(target, rows.reshape(shape), start)
 
     def add_keys(self, target: jax.Array, columns: jax.Array) -> jax.Array:
         """`target` (grouped) with `columns` `[B, columns, heads, dim]` added at the box."""

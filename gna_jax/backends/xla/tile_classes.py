@@ -248,11 +248,13 @@ def _pooled(classes: list[list[_Tile]]) -> list[list[_Tile]]:
 
 
 def _merge(tiles: list[_Tile]) -> TileClass:
-    """A class from tiles of one length; shorter boxes are widened, inside their group."""
+    """A class from tiles of one length; shorter boxes are widened inside their group.
+
+    A box longer than its group ends in the padding that gives all groups the longest one's length.
+    """
     rows = len(tiles[0].first)
     box = max(one.box_length for one in tiles)
-    box = min(box, min(one.group for one in tiles))
-    key_start = np.asarray([min(one.box_start, one.group - box) for one in tiles], np.int32)
+    key_start = np.asarray([max(0, min(one.box_start, one.group - box)) for one in tiles], np.int32)
     shift = np.asarray([one.box_start for one in tiles], np.int32) - key_start
     first = np.stack([one.first for one in tiles]) + shift[:, None]
     end = np.stack([one.end for one in tiles]) + shift[:, None]
@@ -315,16 +317,17 @@ def slab_class(
     token = query_origin + residue  # [n] first token of the tile's local group, in the volume
     group_residue = token % dilation
     group = group_length(length, dilation, group_residue)[:, None]
-    query = (token // dilation + query_start)[:, None] + np.arange(
-        tile, dtype=np.int32
-    )  # [n, tile]
+    place = query_start[:, None] + np.arange(tile, dtype=np.int32)  # [n, tile] in the slab's group
+    query = (token // dilation)[:, None] + place
     key_residue = (group_residue - key_origin) % dilation
     key_zero = (key_origin + key_residue) // dilation  # [n] group position of the local key 0
     available = group_length(
         key_length, dilation, key_residue
     )  # [n] keys of that residue in the slab
     first, end = axis.keys(jnp.clip(query, 0, group - 1), group)
-    seen_by_row = (query >= 0) & (query < group)
+    # Where the dilation does not divide the slab, some rows are padding: no token of the slab.
+    is_token = residue[:, None] + dilation * place < query_length
+    seen_by_row = is_token & (query >= 0) & (query < group)
     low = jnp.clip(first - key_zero[:, None], 0, available[:, None])
     high = jnp.where(seen_by_row, jnp.clip(end - key_zero[:, None], 0, available[:, None]), 0)
     has_keys = low < high

@@ -1,0 +1,64 @@
+"""`explain` says what `gna` does, and its shares are exact counts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gna_jax
+
+
+def _shape(layout, heads=2, dim=16, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct((1, *layout, heads, dim), dtype)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rule"),
+    [
+        ((40,), {"window_size": 9}),
+        ((23,), {"window_size": 5, "dilation": 3, "is_causal": True}),
+        ((12, 14), {"window_size": (5, 4), "stride": (2, 1)}),
+        ((6, 8, 10), {"window_size": (3, -1, 4), "dilation": (1, 2, 2)}),
+    ],
+)
+def test_useful_share_counts_the_mask(layout, rule):
+    x = _shape(layout)
+    told = gna_jax.explain(x, x, x, **rule)
+    mask = gna_jax.Neighborhood.of(len(layout), **rule).mask(layout)
+    tokens = np.prod(layout)
+    computed = told.dense_share * tokens**2
+    assert round(told.useful_share * computed) == int(mask.sum())
+    assert told.useful_share <= 1 and 0 <= told.masked_share <= 1
+
+
+def test_blocked_attention_needs_no_mask():
+    x = _shape((32, 32))
+    told = gna_jax.explain(x, x, x, window_size=8, stride=8, tiles=gna_jax.Tiles((8, 8), None))
+    assert told.masked_share == 0 and told.useful_share == 1
+    assert told.dense_share == pytest.approx(64 / 1024)
+
+
+def test_prints_what_a_person_asks_for():
+    x = _shape((56, 56), heads=8, dim=32, dtype=jnp.bfloat16)
+    text = str(gna_jax.explain(x, x, x, window_size=7, is_causal=(True, False), device="h200"))
+    for part in ("xla on NVIDIA H200, bfloat16", "56x56 tokens", "window    7x7", "causal axes [0]"):
+        assert part in text
+    assert "not mosaic" in text and "%" in text
+
+
+def test_is_frozen_and_takes_arrays():
+    x = jnp.ones((1, 9, 1, 4))
+    told = gna_jax.explain(x, x, x, window_size=3, implementation="reference")
+    assert told.implementation == "reference" and told.tiles is None and told.dense_share == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        told.implementation = "xla"
+
+
+def test_raises_what_gna_raises():
+    x = _shape((9,))
+    with pytest.raises(ValueError, match="window_size must not exceed the layout"):
+        gna_jax.explain(x, x, x, window_size=10)
+    with pytest.raises(NotImplementedError, match="not part of this version"):
+        gna_jax.explain(x, x, x, window_size=3, implementation="mosaic")
