@@ -19,7 +19,7 @@ from gna_jax.problem import Operands, Problem, check_rank, describe
 from gna_jax.tiling import Tiles
 
 Sizes = int | Sequence[int]
-Flags = bool | Sequence[bool]
+Flags = int | Sequence[int]  # bools, 0 or 1
 
 
 def gna(

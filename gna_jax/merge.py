@@ -45,7 +45,8 @@ def merge_attentions(
     weights = jnp.where(finite, jnp.exp(jnp.where(finite, shifted, 0)), 0)
     total = jnp.where(seen, jnp.sum(weights, axis=0), 1)
     share = (weights / total[None])[..., None]
-    wide = jnp.stack(outputs).astype(share.dtype)
-    out = jnp.sum(jnp.where(share > 0, share * wide, 0), axis=0)
+    # A part that a row does not see adds nothing, forward or backward, whatever its out holds.
+    wide = jnp.where(share != 0, jnp.stack(outputs).astype(share.dtype), 0)
+    out = jnp.sum(share * wide, axis=0)
     lse = jnp.where(seen, jnp.where(seen, peak, 0) + jnp.log(total), -jnp.inf)
     return out.astype(outputs[0].dtype), lse

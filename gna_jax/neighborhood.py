@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 WHOLE_GROUP = -1
 """`window_size` of an axis on which a query sees every key of its dilation group."""
@@ -245,7 +246,7 @@ class Neighborhood:
 def per_axis(name: str, value: Any, rank: int, *, boolean: bool = False) -> tuple[Any, ...]:
     """`value` once per axis, as plain Python ints or bools."""
     one = static_bool if boolean else _static_int
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(_traced(name))
     if isinstance(value, np.ndarray | jax.Array):
         value = value.tolist() if value.ndim else value[()]
@@ -260,7 +261,7 @@ def per_axis(name: str, value: Any, rank: int, *, boolean: bool = False) -> tupl
 
 
 def _static_int(name: str, value: Any) -> int:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(_traced(name))
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be an integer or a tuple of integers; got {value!r}")
@@ -274,7 +275,7 @@ def _static_int(name: str, value: Any) -> int:
 
 def static_bool(name: str, value: Any) -> bool:
     """`value` as a bool; TypeError for a traced or other value."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(_traced(name))
     if isinstance(value, bool | np.bool_):
         return bool(value)

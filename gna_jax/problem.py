@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gna_jax.device import DeviceSpec
 from gna_jax.neighborhood import Neighborhood, group_length
@@ -295,7 +296,7 @@ def _check_origins(operands: Operands, rank: int) -> None:
 def _static_scale(scale: Any, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, jax.core.Tracer):
+    if isinstance(scale, Tracer):
         raise TypeError(
             "scale must be static; got a traced value. Multiply the query by it instead and pass scale=1.0"
         )

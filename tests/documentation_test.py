@@ -22,7 +22,7 @@ def test_ten_lines_of_the_readme_run(capsys):
     (block,) = _code_blocks(ROOT / "README.md")
     assert len(block.strip().splitlines()) <= 11
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)  # noqa: S102
+    exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "(1, 56, 56, 8, 32) (1, 56, 56, 8)" in printed
     assert names["dq"].shape == names["q"].shape
@@ -44,7 +44,7 @@ def test_slab_example_runs():
         "keys": x[:, 5:15],
         "values": x[:, 5:15],
     }
-    exec(compile(block, "slabs.md", "exec"), names)  # noqa: S102
+    exec(compile(block, "slabs.md", "exec"), names)
     whole = gna_jax.gna(x, x, x, window_size=7)
     assert jnp.abs(names["out"] - whole[:, 8:12]).max() < 1e-5
 

@@ -8,7 +8,7 @@ dK and dV of a tile's box are added in place to the loop's carry: boxes overlap,
 have to recompute S and dP (seven products instead of five). The order of additions is fixed, hence the result is too.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,9 @@ class _Sums(NamedTuple):
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    additional_keys: jax.Array | None
-    additional_values: jax.Array | None
-    bias: jax.Array | None
+    additional_keys: Any  # None where the call has none, so is the bias
+    additional_values: Any
+    bias: Any
 
 
 class _Rows(NamedTuple):

@@ -5,6 +5,7 @@ Memory and work are O(tokens x window): the largest intermediate is one tile's s
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,14 @@ def forward(
     return out, lse[..., 0]
 
 
+class _Part(NamedTuple):
+    """Keys of one kind: scores `[G, B, K, S, M]`, and values with their axes in an einsum."""
+
+    scores: jax.Array
+    value: jax.Array
+    value_axes: str
+
+
 def _attend(
     problem: Problem, arrays: Operands, bias: BiasDiagonals, group: TileGroup
 ) -> tuple[jax.Array, jax.Array]:
@@ -58,21 +67,25 @@ def _attend(
     query = tile_scores.split_heads(problem, group.read_queries(arrays.query))
     key = tile_scores.box_heads(problem, group.read_keys(arrays.key))
     value = tile_scores.box_heads_transposed(problem, group.read_keys(arrays.value))
-    parts = [(tile_scores.box_scores(problem, arrays, bias, group, query, key), value, "gbkhs")]
+    scores = tile_scores.box_scores(problem, arrays, bias, group, query, key)
+    parts = [_Part(scores, value, "gbkhs")]
     if problem.num_additional:
         key = tile_scores.box_heads(problem, arrays.additional_keys)
         value = tile_scores.box_heads(problem, arrays.additional_values)
-        parts.append((tile_scores.additional_scores(problem, arrays, query, key), value, "bksh"))
-    peaks = [jnp.max(scores, axis=-2, keepdims=True) for scores, *_ in parts]
+        scores = tile_scores.additional_scores(problem, arrays, query, key)
+        parts.append(_Part(scores, value, "bksh"))
+    peaks = [jnp.max(part.scores, axis=-2, keepdims=True) for part in parts]
     peak = functools.reduce(jnp.maximum, peaks)  # [G, B, K, 1, M]
     if problem.is_slab:
         # A row without a key has peak -inf, and -inf - -inf would be NaN.
         peak = jnp.where(peak == -jnp.inf, jnp.zeros((), peak.dtype), peak)
-    weights = [(jnp.exp(scores - peak), *value) for scores, *value in parts]
-    total = sum(jnp.sum(w, axis=-2, keepdims=True) for w, *_ in weights)
-    out = sum(
-        tile_scores.matmul(problem, f"{v_axes},gbksm->gbkhm", v, w) for w, v, v_axes in weights
-    )
+    totals, outs = [], []
+    for part in parts:
+        weights = jnp.exp(part.scores - peak)
+        totals.append(jnp.sum(weights, axis=-2, keepdims=True))
+        spec = f"{part.value_axes},gbksm->gbkhm"
+        outs.append(tile_scores.matmul(problem, spec, part.value, weights))
+    total, out = functools.reduce(jnp.add, totals), functools.reduce(jnp.add, outs)
     lse = peak + jnp.log(total)
     if problem.is_slab:
         total = jnp.where(total == 0, jnp.ones((), total.dtype), total)
