@@ -159,7 +159,7 @@ class Neighborhood:
         window_size: int | Sequence[int],
         stride: int | Sequence[int] = 1,
         dilation: int | Sequence[int] = 1,
-        is_causal: bool | Sequence[bool] = False,
+        is_causal: int | Sequence[int] = False,
     ) -> "Neighborhood":
         """The neighborhood of a `rank`-dimensional layout from ints, tuples, lists or numpy ints.
 

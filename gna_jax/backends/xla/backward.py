@@ -95,7 +95,9 @@ def _rows(
 ) -> _Rows:
     (out, lse), (dout, dlse) = saved, cotangents
     wide = problem.accumulator
-    delta = jnp.sum(out.astype(wide) * dout.astype(wide), axis=-1) - dlse.astype(wide)
+    # A row that the loss does not use may have overflowed, and inf * 0 would reach the keys it shares with others.
+    products = jnp.where(dout == 0, jnp.zeros((), wide), out.astype(wide) * dout.astype(wide))
+    delta = jnp.sum(products, axis=-1) - dlse.astype(wide)
     if problem.is_slab:
         # exp(S - inf) = 0: a row without a key has no gradient, and -inf - -inf would be NaN.
         lse = jnp.where(lse == -jnp.inf, jnp.asarray(jnp.inf, lse.dtype), lse)
