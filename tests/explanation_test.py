@@ -43,7 +43,12 @@ def test_blocked_attention_needs_no_mask():
 def test_prints_what_a_person_asks_for():
     x = _shape((56, 56), heads=8, dim=32, dtype=jnp.bfloat16)
     text = str(gna_jax.explain(x, x, x, window_size=7, is_causal=(True, False), device="h200"))
-    for part in ("xla on NVIDIA H200, bfloat16", "56x56 tokens", "window    7x7", "causal axes [0]"):
+    for part in (
+        "xla on NVIDIA H200, bfloat16",
+        "56x56 tokens",
+        "window    7x7",
+        "causal axes [0]",
+    ):
         assert part in text
     assert "not mosaic" in text and "%" in text
 

@@ -95,12 +95,14 @@ def _rows(
 ) -> _Rows:
     (out, lse), (dout, dlse) = saved, cotangents
     wide = problem.accumulator
-    # A row that the loss does not use may have overflowed, and inf * 0 would reach the keys it shares with others.
     products = jnp.where(dout == 0, jnp.zeros((), wide), out.astype(wide) * dout.astype(wide))
     delta = jnp.sum(products, axis=-1) - dlse.astype(wide)
+    # exp(S - inf) = 0: rows that the loss does not use, which may have overflowed, keep NaN from the keys that they
+    # share with others; and a row without a key has no gradient, where -inf - -inf would be NaN.
+    is_idle = jnp.all(dout == 0, axis=-1) & (dlse == 0)
     if problem.is_slab:
-        # exp(S - inf) = 0: a row without a key has no gradient, and -inf - -inf would be NaN.
-        lse = jnp.where(lse == -jnp.inf, jnp.asarray(jnp.inf, lse.dtype), lse)
+        is_idle = is_idle | (lse == -jnp.inf)
+    lse = jnp.where(is_idle, jnp.asarray(jnp.inf, lse.dtype), lse)
     dilation = problem.neighborhood.dilation
     return _Rows(*(grouped(x, dilation) for x in (dout, lse[..., None], delta[..., None])))
 

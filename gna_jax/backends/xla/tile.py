@@ -68,11 +68,11 @@ class Tile:
         if all(c.is_exact for c in self.classes):
             return box
         # Memory outside the outer box may hold NaN, and 0 * NaN would carry it into the sums.
+        columns = [np.arange(c.box_length, dtype=np.int32) for c in self.classes]
         seen = self._product(
             [
-                (np.arange(c.box_length) >= self._at(n, c.column_first))
-                & (np.arange(c.box_length) < self._at(n, c.column_end))
-                for n, c in enumerate(self.classes)
+                (column >= self._at(n, c.column_first)) & (column < self._at(n, c.column_end))
+                for n, (c, column) in enumerate(zip(self.classes, columns, strict=True))
             ]
         ).reshape(1, self.num_keys, 1, 1)
         return jnp.where(seen, box, jnp.zeros((), box.dtype))

@@ -1,0 +1,21 @@
+"""Settings of every test: the platform, eight virtual CPU devices, and jax at its strictest.
+
+Environment variables come before the first import of jax, since it reads them when it starts a backend.
+"""
+
+import os
+
+DEVICES = 8  # for the sharding tests; other tests use the first
+
+if "GNA_JAX_TEST_GPU" not in os.environ:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    flags = f"{flags} --xla_force_host_platform_device_count={DEVICES}".strip()
+os.environ["XLA_FLAGS"] = flags
+
+import jax  # noqa: E402 (the variables above come first)
+
+# Between arrays, a silent broadcast over ranks or a silent change of dtype is a mistake in this package.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
