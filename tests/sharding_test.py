@@ -10,12 +10,15 @@ import pytest
 from attention_suite import BIAS, Results, attend, case_of, check_close, differentiate, oracle
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from gna_jax.attention import slab_attention
+
 P = PartitionSpec
 FLOAT32 = 1e-5
 CASE = case_of((6, 5), (3, 4), batch=4, kv_heads=2, heads_per_kv=2, stride=(2, 1))
 EXTRAS = case_of(
     (6, 5), (3, 4), batch=4, kv_heads=2, heads_per_kv=2, num_additional=3, has_bias=True
 )
+ONE_SAMPLE = case_of((6, 5), (3, 4), batch=1, kv_heads=2)
 SPECS = {
     "batch": P("x"),
     "heads": P(None, None, None, "y"),
@@ -28,10 +31,9 @@ def mesh_of(axis_type):
     return jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2)
 
 
-def placed(case, mesh, spec):
-    """Operands and cotangents: tokens sharded as `spec`, additional tokens and bias replicated."""
+def placed(case, mesh, spec, tokens=("query", "key", "value")):
+    """Operands and cotangents: `tokens` sharded as `spec`, the rest replicated."""
     arrays, (dout, dlse) = case.inputs(np.float32), case.cotangents(np.float32)
-    tokens = ("query", "key", "value")
     put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
     arrays = {name: put(x, spec if name in tokens else P()) for name, x in arrays.items()}
     return arrays, (put(dout, spec), put(dlse, spec))
@@ -123,15 +125,14 @@ def test_reference_on_an_explicit_mesh():
     check_close(Results(out, want.lse, {}), Results(want.out, want.lse, {}), FLOAT32)
 
 
-@pytest.mark.parametrize("sharded", ["tokens", "mapped"])
+@pytest.mark.parametrize("sharded", ["batch", "mapped"])
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 def test_vmap_on_a_mesh(axis_type, sharded):
-    """A mapped axis joins the batch axis: with the batch sharded, and with the mapped axis itself sharded."""
+    """A mapped axis joins the batch axis: with the batch sharded, and with samples mapped over a sharded axis."""
     mesh = mesh_of(axis_type)
-    case = CASE
+    case, spec = (CASE, P(None, "x")) if sharded == "batch" else (ONE_SAMPLE, P("x"))
     entries = [case.inputs(np.float32) for _ in range(2)]
-    entries[1] = {name: x[::-1].copy() for name, x in entries[1].items()}
-    spec = P(None, "x") if sharded == "tokens" else P("x")
+    entries[1] = {name: -x for name, x in entries[1].items()}
     put = lambda x: jax.device_put(x, NamedSharding(mesh, spec))
     arrays = {name: put(np.stack([e[name] for e in entries])) for name in entries[0]}
     cotangents = case.cotangents(np.float32)
@@ -222,9 +223,7 @@ def test_multi_query_with_replicated_keys_on_a_mesh():
     spec = SPECS["heads"]
     for axis_type in (AxisType.Explicit, AxisType.Auto):
         mesh = mesh_of(axis_type)
-        arrays, cotangents = placed(case, mesh, spec)
-        for name in ("key", "value"):
-            arrays[name] = jax.device_put(arrays[name], NamedSharding(mesh, P()))
+        arrays, cotangents = placed(case, mesh, spec, tokens=("query",))
         program = jax.jit(forward_and_backward(case)).lower(arrays, cotangents).compile()
         got = program(arrays, cotangents)
         check_close(
@@ -247,9 +246,7 @@ def test_sharded_space_raises(name):
 
 
 def test_slabs_in_shard_map():
-    """A spatial axis over devices by hand: halos are gathered by the caller, origins differ per device."""
-    from gna_jax.attention import slab_attention
-
+    """A spatial axis over devices by hand: the caller gathers what windows reach, origins differ per device."""
     case = case_of((8, 4), (3, 3), batch=2, has_bias=True, dilation=(2, 1))
     mesh = mesh_of(AxisType.Auto)
     arrays, cotangents = case.inputs(np.float32), case.cotangents(np.float32)
