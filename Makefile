@@ -40,7 +40,7 @@ lint: setup ## ruff: rules and format
 	@$(VENV)/bin/ruff format --check .
 
 type: setup ## pyright over the three packages
-	@$(VENV)/bin/pyright
+	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 test: ## everything CI runs: set-up from nothing, lint, types, tests on the newest and on the oldest jax
 	@rm -rf build/times

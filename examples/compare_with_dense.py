@@ -63,10 +63,10 @@ def compare_with_dense(rounds: int) -> Table:
         differences += [float(abs(a - b).max()) for a, b in zip(*outputs, strict=True)]
         times.append(interleaved_medians(compiled, inputs, rounds))
         memories.append([f.memory_analysis().temp_size_in_bytes / 2**20 for f in compiled])
-    table = Table("", "forward", "with gradients", "memory, forward", "with gradients")
+    table = Table("", "forward", "and gradients", "memory", "and gradients")
     table.title = f"{LAYOUT[0]}x{LAYOUT[1]} tokens, window {WINDOW[0]}x{WINDOW[1]}, {HEADS} heads x {DIM}, float32"
     table.caption = f"{jax.devices()[0].device_kind}, median of {rounds}; results differ by {max(differences):.0e} at most"
-    for row, name in enumerate(("gna", "dense with mask")):
+    for row, name in enumerate(("gna", "dense, masked")):
         cells = [f"{1e3 * both[row]:.0f} ms" for both in times]
         cells += [f"{both[row]:.1f} MiB" for both in memories]
         table.add_row(name, *cells, end_section=row == 1)
