@@ -46,6 +46,15 @@ class Case:
     tiles: Tiles | None = None
     seed: int = 0
 
+    def __str__(self) -> str:
+        """Short, for names of tests."""
+        text = "x".join(map(str, self.layout)) + "-w" + "x".join(map(str, self.window_size))
+        for letter, sizes in (("s", self.stride), ("d", self.dilation)):
+            text += "" if set(sizes) == {1} else f"-{letter}" + "x".join(map(str, sizes))
+        text += "-causal" if any(self.is_causal) else ""
+        text += f"-{self.num_additional}more" if self.num_additional else ""
+        return text + ("-bias" if self.has_bias else "")
+
     @property
     def neighborhood(self) -> Neighborhood:
         return Neighborhood(self.window_size, self.stride, self.dilation, self.is_causal)
@@ -141,7 +150,7 @@ def case_of(layout: tuple[int, ...], window_size: tuple[int, ...], **options: An
     return Case(layout, window_size, stride, dilation, is_causal, **options)
 
 
-_LONGEST = {1: 64, 2: 13, 3: 7}
+_LENGTHS = {1: (5, 64), 2: (3, 14), 3: (2, 7)}
 _HEAD_DIMS = (1, 2, 3, 4, 7, 8, 12, 16, 24, 32)
 _SCALES = (None, None, None, 1.0, -0.3, 0.0)
 
@@ -163,10 +172,13 @@ def _draw(rng: np.random.Generator, seed: int) -> Case:
         return int(rng.integers(1, limit + 1))
 
     rank = up_to(3)
-    layout = tuple(1 + up_to(_LONGEST[rank] - 1) for _ in range(rank))
-    dilation = tuple(one_of(1, up_to(max(1, length // 2))) for length in layout)
+    layout = tuple(int(n) for n in rng.integers(*_LENGTHS[rank], rank, endpoint=True))
+    dilation = tuple(one_of(1, 1, up_to(max(1, length // 2))) for length in layout)
     group = [length // d for length, d in zip(layout, dilation, strict=True)]
-    window = tuple(one_of(up_to(n), up_to(n), up_to(n), up_to(min(n, 5)), 1, -1) for n in group)
+    window = tuple(
+        one_of(up_to(n), up_to(n), up_to(n), (n + 1) // 2, (n + 1) // 2, min(n, 4), n, 1, -1)
+        for n in group
+    )
     limit = [n if w == -1 else w for n, w in zip(group, window, strict=True)]
     has_additional, rows = bool(rng.integers(2)), int(rng.integers(1, 5))
     batch = up_to(2)

@@ -73,7 +73,7 @@ def check_untouched(case, dtype, run, arrays, with_bias):
         want = run(arrays, alone)
         for _ in range(2):
             got = run(poisoned(rng, arrays, ~seen, dtype), alone)
-            what = f"query {token} of {case}"
+            what = f"query {token} of {case!r}"
             rows = [tokens_first(x.out)[token] for x in (got, want)]
             same_bits(*rows, f"out, {what}")
             rows = [

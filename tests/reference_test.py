@@ -32,7 +32,7 @@ def test_random_cases(seed):
     case = random_case(seed)
     with jax.enable_x64(True):
         got, want = run(case, np.float64)
-        check_close(got, want, 1e-12, case)
+        check_close(got, want, 1e-12, repr(case))
 
 
 @pytest.mark.slow
@@ -41,7 +41,7 @@ def test_many_random_cases(seed):
     case = random_case(seed, max_tokens=400)
     with jax.enable_x64(True):
         got, want = run(case, np.float64)
-        check_close(got, want, 1e-12, case)
+        check_close(got, want, 1e-12, repr(case))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, jnp.float16])
@@ -50,7 +50,7 @@ def test_dtypes(dtype):
     got, want = run(case, dtype)
     assert got.out.dtype == dtype and got.lse.dtype == np.float32
     # One rounding of the result: the arithmetic itself is float32.
-    check_close(got, want, 1e-5 if dtype == np.float32 else float(jnp.finfo(dtype).eps), case)
+    check_close(got, want, 1e-5 if dtype == np.float32 else float(jnp.finfo(dtype).eps), repr(case))
 
 
 def small_loss(case):
