@@ -102,6 +102,7 @@ def measure(
         seconds = _prepare(workers, peer, task, result)
         if seconds > seconds_per_peer:
             result.seconds.append(seconds)
+            result.loads.append(os.getloadavg()[0])
         elif seconds:
             affordable = int(seconds_per_peer / (seconds * result.calls))
             repetitions[peer] = min(rounds, max(MIN_REPETITIONS, affordable))

@@ -140,7 +140,7 @@ class Run:
 
 
 def train(digits: Digits, *, steps: int, batch: int, seed: int) -> Run:
-    """AdamW with warm-up and cosine decay; the whole step is one compiled function of plain pytrees."""
+    """AdamW with warm-up and cosine decay; a whole step is one compiled function of plain pytrees."""
     graph, params = nnx.split(DigitClassifier(rngs=nnx.Rngs(seed)))
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, max(1, steps // 10), max(2, steps))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.05))
@@ -264,9 +264,7 @@ def draw_training(run: Run, path: Path) -> None:
         ha="right",
         color="0.4",
     )
-    right.set(
-        xlabel="step", ylabel="%", title=f"Held-out accuracy: {accuracies[-1]:.1%} at the end"
-    )
+    right.set(xlabel="step", ylabel="%", title=f"Held-out accuracy: {accuracies[-1]:.1%}")
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
@@ -286,11 +284,12 @@ def main(
     run = train(digits, steps=steps, batch=batch, seed=seed)
     console.print(
         f"held-out accuracy {run.accuracies[-1][1]:.1%} on {len(digits.held_out_labels)} digits never trained on;"
-        f" training took {run.seconds:.0f} s ({steps} steps of {batch})"
+        f" training took {run.seconds:.0f} s ({steps} steps of {batch})",
+        soft_wrap=True,
     )
     draw_window(digits.held_out_images[digits.held_out_labels == 3][0], out / "window.png")
     draw_training(run, out / "training.png")
-    console.print(f"pictures: {out / 'window.png'}, {out / 'training.png'}")
+    console.print(f"pictures: {out / 'window.png'}, {out / 'training.png'}", soft_wrap=True)
     with console.status("timing gna against dense masked attention"):
         table = compare_with_dense(rounds)
     console.print(table)

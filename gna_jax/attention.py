@@ -128,7 +128,7 @@ def slab_attention(
 
     The origins say where the slabs' first tokens lie in the volume; they may be traced and differ per device. Queries see
     the keys of their window that the key slab holds; a query that finds none (or lies outside the volume) gets out 0,
-    lse -inf and no gradient. Slabs of keys merge exactly with `gna_jax.merge_attentions`. Always returns `(out, lse)`.
+    lse -inf and no gradient (unless additional keys are given, which every query sees). Slabs of keys merge exactly with `gna_jax.merge_attentions`. Always returns `(out, lse)`.
     Other arguments as in `gna`.
     """
     operands = as_operands(

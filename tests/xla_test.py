@@ -1,5 +1,7 @@
 """The XLA backend's values, lse and gradients against float64 dense attention, over every feature."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from attention_suite import (
     random_case,
 )
 
+from gna_jax.backends.xla import cost
 from gna_jax.tiling import Tiles
 
 FLOAT32 = 1e-5
@@ -37,13 +40,13 @@ def check(case: Case, dtype, tolerance: float, **options) -> None:
     check_equal(run(arrays, cotangents), got, "second run")
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_cases(seed):
     check(random_case(seed), np.float32, FLOAT32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1400))
+@pytest.mark.parametrize("seed", range(16, 400))
 def test_many_random_cases(seed):
     check(random_case(seed, max_tokens=500, max_loops=12), np.float32, FLOAT32)
 
@@ -114,13 +117,21 @@ def test_explicit_tiles(case):
     check(case, np.float32, FLOAT32)
 
 
-@pytest.mark.parametrize("seed", range(100, 108))
+@pytest.mark.parametrize("scratch_bytes", [1, 6_000, 60_000])
+def test_several_steps_and_a_ragged_last_group(scratch_bytes, monkeypatch):
+    """Tiles per loop step from one to some, so that the last step of a loop repeats a tile to be full."""
+    monkeypatch.setattr(cost, "CPU", dataclasses.replace(cost.CPU, scratch_bytes=scratch_bytes))
+    tiles = Tiles(q=(3, 2), kv=None)
+    check(case_of((11, 13), (4, 5), stride=(1, 2), tiles=tiles, has_bias=True), np.float32, FLOAT32)
+
+
+@pytest.mark.parametrize("seed", range(100, 104))
 def test_float64(seed):
     with jax.enable_x64(True):
         check(random_case(seed), np.float64, FLOAT64)
 
 
-@pytest.mark.parametrize("seed", range(110, 118))
+@pytest.mark.parametrize("seed", range(110, 113))
 def test_float32_under_x64(seed):
     with jax.enable_x64(True):
         check(random_case(seed), np.float32, FLOAT32)
@@ -128,7 +139,7 @@ def test_float32_under_x64(seed):
 
 @pytest.mark.parametrize("device", ["cpu", "h200"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("seed", range(120, 124))
+@pytest.mark.parametrize("seed", range(120, 122))
 def test_low_precision(seed, dtype, device):
     check_low_precision(random_case(seed), dtype, device)
 
@@ -157,7 +168,9 @@ def check_low_precision(case: Case, dtype, device: str) -> None:
         peer_error, _ = max_error(peer.named()[name], want[name])
         ulp = float(jnp.finfo(dtype).eps) * 2.0 ** np.floor(np.log2(max(largest, 1e-30)))
         assert np.isfinite(array.astype(np.float32)).all()
-        assert error <= 2 * peer_error + ulp, f"{name}: {error:.3g}, dense {peer_error:.3g}, {case!r}"
+        assert error <= 2 * peer_error + ulp, (
+            f"{name}: {error:.3g}, dense {peer_error:.3g}, {case!r}"
+        )
         if name not in ("lse",):
             assert array.dtype == dtype
 
