@@ -17,7 +17,8 @@ from workers import GNA
 METHOD = (
     "Milliseconds of one call, batch 1: the median over the repetitions. Implementations take turns, one repetition each,"
     " in processes of one group; all others sleep meanwhile. A repetition is the mean of enough calls in a row to fill about"
-    " 0.1 s, after an untimed one. Compilation and two further calls come first and are not timed. Inputs are the same files,"
+    " 0.1 s, after an untimed one. The first call compiles and the"
+    " second estimates: neither counts, except where one call takes longer than --seconds: then the second is all (n = 1). Inputs are the same files,"
     " laid out beforehand as each implementation wants them. Every result is compared with gna's before timing.",
     "forward+backward gives the output and the gradients of sum(output * cotangent) by query, key and value.",
     "faster = median of the best peer / median of gna (the ratio of medians, not the median of ratios). The best peer may be"
