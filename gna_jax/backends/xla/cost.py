@@ -6,8 +6,9 @@ head, with S keys in the box, M rows (queries x heads sharing a key), H and V th
 
     S * M * (flops per pair / rate(M) + softmax) + S * (H + V) * moving a float + its share of starting a step
 
-The constants are measured with `benchmarks/cpu.py --calibrate` for a CPU; elsewhere they are orders of magnitude that
-keep the number of steps low. Geometry comes from `tile_classes`.
+The constants of a CPU are fitted to timings of `benchmarks/cpu.py`'s cases with several tile shapes on a 2-core AVX-512 machine
+(docs/deep-dives/xla.md); elsewhere they are orders of magnitude that keep the number of steps low. Geometry comes from
+`tile_classes`.
 """
 
 import dataclasses
