@@ -3,7 +3,7 @@
 Start with `gna`. Layers for Flax are in `gna_jax.flax`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gna_jax.attention import gna as gna
 from gna_jax.backends import GnaPerformanceWarning as GnaPerformanceWarning
@@ -16,6 +16,9 @@ from gna_jax.natten import na2d as na2d
 from gna_jax.natten import na3d as na3d
 from gna_jax.neighborhood import Neighborhood as Neighborhood
 from gna_jax.tiling import Tiles as Tiles
+
+if TYPE_CHECKING:
+    from gna_jax.flax.attention_fn import attention_fn as attention_fn
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ it (`gna_jax.vjp`). NATTEN's spelling lives in `gna_jax.natten`, merging in `gna
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,9 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from gna_jax import backends, vjp
 from gna_jax.device import DeviceSpec, resolve_device
 from gna_jax.mesh_types import check_spatial_axes, vary_together
-from gna_jax.neighborhood import Neighborhood, per_axis
+from gna_jax.neighborhood import Flags, Neighborhood, Sizes, per_axis
 from gna_jax.problem import Operands, Problem, check_rank, describe
 from gna_jax.tiling import Tiles
-
-Sizes = int | Sequence[int]
-Flags = int | Sequence[int]  # bools, 0 or 1
 
 
 def gna(
@@ -84,19 +81,15 @@ def gna(
         additional=(additional_keys, additional_values, additional_lengths),
         bias=relative_position_bias,
     )
-    neighborhood = Neighborhood.of(
-        check_rank(operands.query),
+    problem = problem_of(
+        operands,
         window_size=window_size,
         stride=stride,
         dilation=dilation,
         is_causal=is_causal,
-    )
-    problem = describe(
-        operands,
-        neighborhood,
         scale=scale,
         precision=precision,
-        device=resolve_device(device),
+        device=device,
     )
     outputs = _run(problem, operands, implementation, tiles)
     return outputs if return_lse else outputs[0]
@@ -106,10 +99,10 @@ def slab_attention(
     query: Float[ArrayLike, "B *queries N H"],
     key: Float[ArrayLike, "B *keys K H"],
     value: Float[ArrayLike, "B *keys K V"],
-    query_origin: Int[ArrayLike, " rank"],
-    key_origin: Int[ArrayLike, " rank"],
+    query_origin: Int[ArrayLike, " rank"] | Sequence[SupportsIndex],
+    key_origin: Int[ArrayLike, " rank"] | Sequence[SupportsIndex],
     *,
-    global_layout: Sequence[int],
+    global_layout: Sequence[SupportsIndex],
     window_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
@@ -139,17 +132,16 @@ def slab_attention(
         bias=relative_position_bias,
         origins=(query_origin, key_origin),
     )
-    rank = check_rank(operands.query)
-    neighborhood = Neighborhood.of(
-        rank, window_size=window_size, stride=stride, dilation=dilation, is_causal=is_causal
-    )
-    problem = describe(
+    problem = problem_of(
         operands,
-        neighborhood,
+        window_size=window_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
         scale=scale,
         precision=precision,
-        device=resolve_device(device),
-        global_layout=per_axis("global_layout", global_layout, rank),
+        device=device,
+        global_layout=global_layout,
     )
     return _run(problem, operands, implementation, tiles)
 
@@ -166,6 +158,34 @@ def as_operands(
     """The arrays of a call, numpy input converted once; ShapeDtypeStructs stay."""
     operands = Operands(query, key, value, *origins, *additional, bias)
     return Operands(*(_as_array(x) for x in operands))
+
+
+def problem_of(
+    operands: Operands,
+    *,
+    window_size: Sizes,
+    stride: Sizes,
+    dilation: Sizes,
+    is_causal: Flags,
+    scale: float | None,
+    precision: jax.lax.PrecisionLike,
+    device: str | DeviceSpec | None,
+    global_layout: Sequence[SupportsIndex] | None = None,
+) -> Problem:
+    """A call, checked. Arguments as in `gna` and `slab_attention`; raises what `gna` raises."""
+    rank = check_rank(operands.query)
+    return describe(
+        operands,
+        Neighborhood.of(
+            rank, window_size=window_size, stride=stride, dilation=dilation, is_causal=is_causal
+        ),
+        scale=scale,
+        precision=precision,
+        device=resolve_device(device),
+        global_layout=None
+        if global_layout is None
+        else per_axis("global_layout", global_layout, rank),
+    )
 
 
 def _as_array(x: Any) -> Any:

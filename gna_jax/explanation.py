@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from gna_jax import backends
-from gna_jax.attention import Flags, Sizes, as_operands, check_tiles
-from gna_jax.device import DeviceSpec, resolve_device
-from gna_jax.neighborhood import Neighborhood
-from gna_jax.problem import Problem, check_rank, describe
+from gna_jax.attention import as_operands, check_tiles, problem_of
+from gna_jax.device import DeviceSpec
+from gna_jax.neighborhood import Flags, Sizes
+from gna_jax.problem import Problem
 from gna_jax.tiling import Tiles
 
 
@@ -90,19 +90,15 @@ def explain(
         additional=(additional_keys, additional_values, additional_lengths),
         bias=relative_position_bias,
     )
-    neighborhood = Neighborhood.of(
-        check_rank(operands.query),
+    problem = problem_of(
+        operands,
         window_size=window_size,
         stride=stride,
         dilation=dilation,
         is_causal=is_causal,
-    )
-    problem = describe(
-        operands,
-        neighborhood,
         scale=scale,
         precision=precision,
-        device=resolve_device(device),
+        device=device,
     )
     check_tiles(tiles, problem)
     choice = backends.choose(problem, implementation, tiles)

@@ -3,12 +3,13 @@
 For moving code over: arrays keep their layout, geometry its meaning. What differs stands in docs/from-natten.md.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
 from gna_jax.attention import gna
+from gna_jax.neighborhood import Flags, Sizes
 
 KNOBS = {
     "attention_kwargs": "additional keys run in the same softmax; there is nothing to configure",
@@ -31,10 +32,10 @@ def _alias(rank: int) -> Callable[..., Any]:
         query: Any,
         key: Any,
         value: Any,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] | None = 1,
-        dilation: int | Sequence[int] | None = 1,
-        is_causal: bool | Sequence[bool] | None = False,
+        kernel_size: Sizes,
+        stride: Sizes | None = 1,
+        dilation: Sizes | None = 1,
+        is_causal: Flags | None = False,
         scale: float | None = None,
         additional_keys: Any = None,
         additional_values: Any = None,
@@ -44,10 +45,16 @@ def _alias(rank: int) -> Callable[..., Any]:
     ) -> Any:
         name = f"na{rank}d"
         _reject_knobs(name, options)
-        if jnp.ndim(query) != rank + 3:
+        axes = jnp.ndim(query) - 3
+        if axes != rank:
             raise ValueError(
-                f"{name} takes query of shape [batch, {rank} spatial axes, heads, head_dim];"
-                f" got shape {jnp.shape(query)}; use na{jnp.ndim(query) - 3}d or gna"
+                f"{name} takes query of shape [batch, {rank} spatial axes, heads, head_dim]; got shape"
+                f" {jnp.shape(query)}; "
+                + (
+                    f"use na{axes}d or gna"
+                    if axes in (1, 2, 3)
+                    else "add the axes that are missing"
+                )
             )
         return gna(
             query,

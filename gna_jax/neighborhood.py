@@ -16,13 +16,17 @@ import dataclasses
 import numbers
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+Sizes = SupportsIndex | Sequence[SupportsIndex]
+"""One int (numpy ints too) for all axes, or one per axis."""
+Flags = bool | SupportsIndex | Sequence[bool | SupportsIndex]
+"""One bool, 0 or 1 for all axes, or one per axis."""
 WHOLE_GROUP = -1
 """`window_size` of an axis on which a query sees every key of its dilation group."""
 
@@ -130,13 +134,34 @@ class AxisNeighborhood:
         """Keys of the largest window on an axis of `length` tokens (undilated count)."""
         return -(-length // self.dilation) if self.window == WHOLE_GROUP else self.window
 
+    def longest_outer(self, queries: int, length: int) -> int:
+        """Keys of the longest outer interval of `queries` consecutive queries of a dilation group of `length` tokens.
+
+        An upper bound that some run of queries reaches unless the group's ends cut it short.
+        """
+        if self.window == WHOLE_GROUP:
+            return length
+        if self.is_causal:
+            # From the leader's window of the first query to the last query itself.
+            return min(length, self.window + queries - 1)
+        stride_groups = -(-(queries + self.stride - 1) // self.stride)
+        return min(length, self.window + (stride_groups - 1) * self.stride)
+
+    def sees(self, query: Any, key: Any, length: int) -> Any:
+        """Whether a query sees a key, both positions on an axis of `length` tokens, arrays that broadcast.
+
+        False for a query outside the axis: a slab may reach over the volume's end.
+        """
+        residue = query % self.dilation
+        first, end = self.keys(query // self.dilation, group_length(length, self.dilation, residue))
+        place = key // self.dilation
+        same_group = residue == key % self.dilation
+        return same_group & (first <= place) & (place < end) & (query >= 0) & (query < length)
+
     def mask(self, length: int) -> np.ndarray:
         """`[length, length]` bool, `[i, j]`: does query `i` see key `j` on this axis? Dense: small axes only."""
         position = np.arange(length)
-        residue, place = position % self.dilation, position // self.dilation
-        first, end = self.keys(place, group_length(length, self.dilation, residue))
-        same_group = residue[:, None] == residue[None, :]
-        return same_group & (first[:, None] <= place[None, :]) & (place[None, :] < end[:, None])
+        return self.sees(position[:, None], position[None, :], length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +181,10 @@ class Neighborhood:
         cls,
         rank: int,
         *,
-        window_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
-        is_causal: int | Sequence[int] = False,
+        window_size: Sizes,
+        stride: Sizes = 1,
+        dilation: Sizes = 1,
+        is_causal: Flags = False,
     ) -> "Neighborhood":
         """The neighborhood of a `rank`-dimensional layout from ints, tuples, lists or numpy ints.
 

@@ -26,6 +26,7 @@ import numpy as np
 from gna_jax.neighborhood import (
     AxisNeighborhood,
     Neighborhood,
+    Sizes,
     group_length,
     maximum,
     minimum,
@@ -36,9 +37,6 @@ from gna_jax.neighborhood import (
 
 Interval = tuple[Any, Any]
 """`[first, end)` on one axis, in positions of a dilation group; empty where `end <= first`."""
-
-Sizes = int | Sequence[int]
-"""One size per axis, or one for all of them."""
 
 
 @dataclasses.dataclass(frozen=True)

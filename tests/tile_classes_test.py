@@ -17,7 +17,6 @@ from gna_jax.backends.xla.tile_classes import (
     axis_outline,
     slab_class,
     slab_outline,
-    worst_box,
 )
 from gna_jax.neighborhood import AxisNeighborhood
 from gna_jax.tiling import Tiles
@@ -212,7 +211,7 @@ def test_slab_class_of_the_whole_volume(seed):
     check_slab(axis, length, axis.mask(length), [x[0] for x in tables], f"{axis} {length} {tile}")
 
 
-def test_worst_box_is_the_longest_box_there_is():
+def test_slab_tiles_have_room_for_the_longest_box_there_is():
     rng = np.random.default_rng(9)
     for _ in range(200):
         axis, length = random_axis(rng, 30)
@@ -222,9 +221,9 @@ def test_worst_box_is_the_longest_box_there_is():
         longest = max(
             end[min(q + tile, group) - 1] - first[q] for q in range(max(1, group - tile + 1))
         )
-        assert longest <= worst_box(axis, group, tile) <= group
+        assert longest <= axis.longest_outer(tile, group) <= group
         outline = slab_outline(axis, length, group, group, tile)
-        assert outline.rows == (tile,) and outline.box == (worst_box(axis, group, tile),)
+        assert outline.rows == (tile,) and outline.box == (axis.longest_outer(tile, group),)
 
 
 def test_choose_tiles_is_deterministic_and_fast():

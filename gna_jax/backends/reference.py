@@ -8,7 +8,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gna_jax.neighborhood import group_length
 from gna_jax.problem import Operands, Problem, Workload
 from gna_jax.tiling import Tiles
 
@@ -60,22 +59,15 @@ def _mask_and_offsets(problem: Problem, operands: Operands) -> tuple[jax.Array, 
     ):
         i = (origins[0][n] + jnp.arange(problem.query_layout[n], dtype=jnp.int32))[:, None]
         j = (origins[1][n] + jnp.arange(problem.key_layout[n], dtype=jnp.int32))[None, :]
-        group = group_length(length, axis.dilation, i % axis.dilation)
-        first, end = axis.keys(i // axis.dilation, group)
-        place = j // axis.dilation
-        pairs = (i % axis.dilation == j % axis.dilation) & (first <= place) & (place < end)
-        pairs = pairs & (i >= 0) & (i < length)
+        pairs = axis.sees(i, j, length)
         extent = problem.window_extent[n]
-        offset = jnp.clip(place - i // axis.dilation + extent - 1, 0, 2 * extent - 2)
+        offset = j // axis.dilation - i // axis.dilation + extent - 1
+        offset = jnp.clip(offset, 0, 2 * extent - 2)
         shape = [1] * (2 * rank)
         shape[n], shape[rank + n] = pairs.shape
         seen = seen & pairs.reshape(shape)
         offsets.append(offset.reshape(shape))
-    return seen.reshape(_tokens(problem.query_layout), _tokens(problem.key_layout)), offsets
-
-
-def _tokens(layout: tuple[int, ...]) -> int:
-    return math.prod(layout)
+    return seen.reshape(math.prod(problem.query_layout), math.prod(problem.key_layout)), offsets
 
 
 def supports(problem: Problem, tiles: Tiles | None) -> str | None:

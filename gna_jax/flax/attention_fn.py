@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gna_jax.attention import gna
-from gna_jax.neighborhood import WHOLE_GROUP, Neighborhood
+from gna_jax.neighborhood import WHOLE_GROUP, Flags, Neighborhood, Sizes
 
 Rotary = Callable[[Array, Array], tuple[Array, Array]]
 """Rotates query and key, each `[B, *space, heads, head_dim]`, and keeps their shapes."""
@@ -165,10 +165,10 @@ class NeighborhoodAttentionFn:
 
 def attention_fn(
     *,
-    window_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
+    window_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
     scale: float | None = None,
     implementation: str | Sequence[str] | None = None,
     tiles: Any = None,

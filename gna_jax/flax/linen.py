@@ -21,6 +21,7 @@ from gna_jax.flax.attention_fn import (
     check_dropout_rate,
     split_features,
 )
+from gna_jax.neighborhood import Flags, Sizes
 
 
 class GNAttention(nn.Module):
@@ -32,10 +33,10 @@ class GNAttention(nn.Module):
     """
 
     num_heads: int
-    window_size: int | Sequence[int]
-    stride: int | Sequence[int] = 1
-    dilation: int | Sequence[int] = 1
-    is_causal: bool | Sequence[bool] = False
+    window_size: Sizes
+    stride: Sizes = 1
+    dilation: Sizes = 1
+    is_causal: Flags = False
     num_kv_heads: int | None = None
     qkv_features: int | None = None
     out_features: int | None = None

@@ -15,6 +15,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int
 
 from gna_jax.flax.attention_fn import Rotary, attention_fn, check_dropout_rate, split_features
+from gna_jax.neighborhood import Flags, Sizes
 
 _LECUN_NORMAL = nnx.initializers.lecun_normal()
 _ZEROS = nnx.initializers.zeros_init()
@@ -59,10 +60,10 @@ class GNAttention(nnx.Module):
         num_heads: int,
         in_features: int,
         *,
-        window_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
-        is_causal: bool | Sequence[bool] = False,
+        window_size: Sizes,
+        stride: Sizes = 1,
+        dilation: Sizes = 1,
+        is_causal: Flags = False,
         num_kv_heads: int | None = None,
         qkv_features: int | None = None,
         out_features: int | None = None,

@@ -149,7 +149,7 @@ def _group_gradients(
     )
     scores = tile_scores.box_scores(problem, arrays, bias, group, query, key)
     pairs = _pair_gradients(problem, scores, value, saved)
-    dscores = tile_scores.masked(problem, group, pairs.dscores, 0)
+    dscores = tile_scores.masked(problem, group, pairs.dscores, 0.0)
     key = tile_scores.box_heads_transposed(problem, key_box)
     dquery = tile_scores.matmul(problem, "gbkhs,gbksm->gbkhm", key, dscores)
     dkey = tile_scores.matmul(problem, "gbksm,gbkmh->gbksh", dscores, query) * problem.scale
@@ -185,7 +185,8 @@ class _PairGradients(NamedTuple):
 def _pair_gradients(
     problem: Problem, scores: jax.Array, value: jax.Array, saved: _SavedRows
 ) -> _PairGradients:
-    weights = jnp.exp(scores - saved.lse)
+    # Both dV and dS read them; without the barrier each computes them anew.
+    weights = jax.lax.optimization_barrier(jnp.exp(scores - saved.lse))
     axes = "gbksh" if value.ndim == 5 else "bksh"
     dweights = tile_scores.matmul(problem, f"{axes},gbkmh->gbksm", value, saved.dout)
     return _PairGradients(dscores=weights * (dweights - saved.delta), weights=weights)
@@ -204,8 +205,9 @@ def _owned(group: TileGroup, grouped_rows: jax.Array) -> jax.Array:
 
 
 def _row_vector(problem: Problem, rows: jax.Array) -> jax.Array:
-    """`[G, B, T, N, 1]` -> `[G, B, K, 1, M]`."""
-    return jnp.swapaxes(tile_scores.split_heads(problem, rows), -1, -2)
+    """`[G, B, T, N, 1]` -> `[G, B, K, 1, M]`, written out: every pass over the scores reads it."""
+    vector = jnp.swapaxes(tile_scores.split_heads(problem, rows), -1, -2)
+    return jax.lax.optimization_barrier(vector)
 
 
 def _additional_gradients(
@@ -216,7 +218,7 @@ def _additional_gradients(
     value = tile_scores.box_heads(problem, arrays.additional_values)
     scores = tile_scores.additional_scores(problem, arrays, query, key)
     pairs = _pair_gradients(problem, scores, value, saved)
-    dscores = tile_scores.mask_additional(arrays, pairs.dscores, 0)
+    dscores = tile_scores.mask_additional(arrays, pairs.dscores, 0.0)
     dquery = tile_scores.matmul(problem, "bksh,gbksm->gbkhm", key, dscores)
     dkey = tile_scores.matmul(problem, "gbksm,gbkmh->bksh", dscores, query) * problem.scale
     dvalue = tile_scores.matmul(problem, "gbksm,gbkmh->bksh", pairs.weights, saved.dout)

@@ -98,7 +98,7 @@ def masked(problem: Problem, group: TileGroup, scores: jax.Array, fill: float) -
     if group.is_full:
         return scores
     by_head = (*scores.shape[:-1], problem.heads_per_kv, group.num_queries)
-    seen = jnp.swapaxes(group.mask(), 1, 2)  # [G or 1, S, T]
+    seen = group.seen()
     seen = seen.reshape(seen.shape[0], 1, 1, group.num_keys, 1, group.num_queries)
     filled = jnp.where(seen, scores.reshape(by_head), jnp.asarray(fill, scores.dtype))
     return filled.reshape(scores.shape)

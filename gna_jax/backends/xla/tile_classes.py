@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gna_jax.neighborhood import WHOLE_GROUP, AxisNeighborhood, group_length
+from gna_jax.neighborhood import AxisNeighborhood, group_length
 
 MAX_CLASSES = 4
 """Classes per axis: each costs a loop, and loops multiply over axes."""
@@ -153,7 +153,7 @@ def slab_outline(
 ) -> Outline:
     """The outline of `slab_class`: `rows` and `columns` are the slabs' tokens per dilation group."""
     tile = min(tile, rows)
-    box = min(columns, worst_box(axis, -(-length // axis.dilation), tile))
+    box = min(columns, axis.longest_outer(tile, -(-length // axis.dilation)))
     return Outline((tile,), (-(-rows // tile) * axis.dilation,), (float(box),), 1, False)
 
 
@@ -306,7 +306,7 @@ def slab_class(
     dilation = axis.dilation
     rows, columns = -(-query_length // dilation), -(-key_length // dilation)
     tile = min(tile, rows)
-    box = min(columns, worst_box(axis, -(-length // dilation), tile))
+    box = min(columns, axis.longest_outer(tile, -(-length // dilation)))
     count = -(-rows // tile)
     start = np.minimum(tile * np.arange(count), rows - tile).astype(np.int32)
     owned_from = tile * np.arange(count) - start
@@ -351,14 +351,3 @@ def slab_class(
         is_exact=False,
         has_owned_all=bool(np.all(owned)),
     )
-
-
-def worst_box(axis: AxisNeighborhood, group: int, tile: int) -> int:
-    """The longest key box of `tile` consecutive queries anywhere in a group of at most `group` tokens."""
-    if axis.window == WHOLE_GROUP:
-        return group
-    if axis.is_causal:
-        # From the leader's window of the first query to the last query itself.
-        return min(group, axis.window + tile - 1)
-    stride_groups = -(-(tile + axis.stride - 1) // axis.stride)
-    return min(group, axis.window + (stride_groups - 1) * axis.stride)

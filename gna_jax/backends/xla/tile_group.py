@@ -23,11 +23,13 @@ class TileGroup:
     """G tiles of one combination of classes. `index` holds their numbers per axis, `[G]` each.
 
     `is_real` `[G]` is False for tiles that repeat another to fill the last group; None: all are real.
+    `shared_seen` `[1, columns, rows]` is the mask where all tiles have the same; None: each its own.
     """
 
     classes: tuple[TileClass, ...]
     index: tuple[jax.Array, ...]
     is_real: jax.Array | None
+    shared_seen: jax.Array | None
 
     @property
     def size(self) -> int:
@@ -57,11 +59,11 @@ class TileGroup:
         """Boxes of a grouped array, zero where no row sees them: `[G, B, columns, heads, dim]`."""
         return self.map(lambda tile: tile.read_keys(tokens))
 
-    def mask(self) -> jax.Array:
-        """`[G or 1, rows, columns]` bool: does the row see the column?"""
-        if all(is_uniform(c.first) and is_uniform(c.end) for c in self.classes):
-            return Tile(self.classes, (0,) * len(self.classes)).mask()[None]
-        return self.map(lambda tile: tile.mask())
+    def seen(self) -> jax.Array:
+        """`[G or 1, columns, rows]` bool: is the column seen by the row? Written out: see `_seen`."""
+        if self.shared_seen is not None:
+            return self.shared_seen
+        return _seen(self.map(lambda tile: tile.mask()))
 
     def owned_rows(self) -> jax.Array | None:
         """`[G, rows]` bool: rows that each tile answers for; None where that is all of them."""
@@ -104,6 +106,24 @@ class TileGroup:
         return Tile(self.classes, tuple(index[n] for index in self.index))
 
 
+def _seen(masks: jax.Array) -> jax.Array:
+    """Masks `[.., rows, columns]` as scores lie, `[.., columns, rows]`, in memory.
+
+    Without the barrier XLA recomputes an entry from the axes' intervals wherever scores are touched, and that index
+    arithmetic keeps the whole pass over the scores from being vectorised.
+    """
+    return jax.lax.optimization_barrier(jnp.swapaxes(masks, -1, -2))
+
+
+def _shared_seen(classes: tuple[TileClass, ...]) -> jax.Array | None:
+    """The mask that all tiles of the classes share, built once before their loop; None if they differ or are full."""
+    if all(c.is_full for c in classes):
+        return None
+    if not all(is_uniform(c.first) and is_uniform(c.end) for c in classes):
+        return None
+    return _seen(Tile(classes, (0,) * len(classes)).mask()[None])
+
+
 def loops(axes: Sequence[Sequence[TileClass]]) -> Iterator[tuple[TileClass, ...]]:
     """Combinations of one class per axis: each is one loop over tiles of one static shape."""
     return itertools.product(*axes)
@@ -116,6 +136,7 @@ def for_each_group(
     total = math.prod(c.num_tiles for c in classes)
     steps = -(-total // min(size, total))
     size = -(-total // steps)
+    shared_seen = _shared_seen(classes)
 
     def step(number: Any, carry: Any) -> Any:
         tiles = number * np.int32(size) + np.arange(size, dtype=np.int32)
@@ -124,7 +145,7 @@ def for_each_group(
         for c in reversed(classes):
             index.insert(0, rest % c.num_tiles)
             rest = rest // c.num_tiles
-        return body(TileGroup(classes, tuple(index), is_real), carry)
+        return body(TileGroup(classes, tuple(index), is_real, shared_seen), carry)
 
     if steps == 1:
         return step(np.int32(0), carry)
