@@ -10,6 +10,7 @@ from gna_jax.attention import as_operands, check_tiles, problem_of
 from gna_jax.device import DeviceSpec
 from gna_jax.neighborhood import Flags, Sizes
 from gna_jax.problem import Problem
+from gna_jax.simulator.counts import attended_pairs
 from gna_jax.tiling import Tiles
 
 
@@ -103,12 +104,13 @@ def explain(
     check_tiles(tiles, problem)
     choice = backends.choose(problem, implementation, tiles)
     work = backends.load(choice.name).workload(problem, tiles)
+    attended = attended_pairs(problem.neighborhood, problem.global_layout)
     return Explanation(
         implementation=choice.name,
         tiles=work.tiles,
         reasons=choice.reasons,
         masked_share=work.masked_pairs / work.computed_pairs,
-        useful_share=problem.useful_pairs / work.computed_pairs,
+        useful_share=attended / work.computed_pairs,
         dense_share=work.computed_pairs / math.prod(problem.global_layout) ** 2,
         problem=problem,
     )

@@ -59,6 +59,25 @@ def group_length(length: int, dilation: int, residue: Any) -> Any:
     return (length - residue + dilation - 1) // dilation
 
 
+def equal_groups(length: int, dilation: int) -> tuple[tuple[range, int], ...]:
+    """The residues of an axis of `length` tokens by their groups' length, `(residues, tokens)`, longest first.
+
+    Lengths differ by at most one token, so there are at most two kinds. Groups without a token are left out.
+    """
+    longer, tokens = length % dilation, length // dilation
+    kinds = (range(longer), tokens + 1), (range(longer, dilation), tokens)
+    return tuple((residues, tokens) for residues, tokens in kinds if residues and tokens)
+
+
+def leader(query: Any, *, length: Any, stride: int, is_causal: bool) -> Any:
+    """The query whose window all queries of the stride group `[g*stride, (g+1)*stride)` share.
+
+    Its middle, `g*stride + stride//2`, or, causal, its last query; at most the last token of the dilation group.
+    """
+    group_start = (query // stride) * stride
+    return minimum(group_start + (stride - 1 if is_causal else stride // 2), length - 1)
+
+
 def key_interval(
     query: Any, *, length: Any, window: int, stride: int, is_causal: bool
 ) -> tuple[Any, Any]:
@@ -66,9 +85,9 @@ def key_interval(
 
     The queries of one stride group `[g*stride, (g+1)*stride)` share the window of their leader.
 
-    - non-causal: `leader = min(g*stride + stride//2, length-1)` and
-      `first = clamp(leader - window//2, 0, length - window)`: at an edge the window slides inside, it never shrinks.
-    - causal: `leader = min(g*stride + stride-1, length-1)`, `first = max(leader - window + 1, 0)`, `end = query + 1`.
+    - non-causal: `first = clamp(leader - window//2, 0, length - window)`: at an edge the window slides inside, it never
+      shrinks.
+    - causal: `first = max(leader - window + 1, 0)`, `end = query + 1`.
 
     Args:
       query: position in the group: int, numpy array or traced array.
@@ -78,12 +97,10 @@ def key_interval(
       is_causal: whether keys after the query are hidden.
     """
     window = length if window == WHOLE_GROUP else window
-    group_start = (query // stride) * stride
+    centre = leader(query, length=length, stride=stride, is_causal=is_causal)
     if is_causal:
-        leader = minimum(group_start + (stride - 1), length - 1)
-        return maximum(leader - window + 1, 0 * leader), query + 1
-    leader = minimum(group_start + stride // 2, length - 1)
-    first = minimum(maximum(leader - window // 2, 0 * leader), length - window)
+        return maximum(centre - window + 1, 0 * centre), query + 1
+    first = minimum(maximum(centre - window // 2, 0 * centre), length - window)
     return first, first + window
 
 
@@ -129,6 +146,10 @@ class AxisNeighborhood:
         return query_interval(
             key, length=length, window=self.window, stride=self.stride, is_causal=self.is_causal
         )
+
+    def leader(self, query: Any, length: Any) -> Any:
+        """`leader` of a query's stride group in a dilation group of `length` tokens."""
+        return leader(query, length=length, stride=self.stride, is_causal=self.is_causal)
 
     def window_extent(self, length: int) -> int:
         """Keys of the largest window on an axis of `length` tokens (undilated count)."""

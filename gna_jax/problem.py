@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from gna_jax.device import DeviceSpec
-from gna_jax.neighborhood import Neighborhood, group_length
+from gna_jax.neighborhood import Neighborhood
 from gna_jax.tiling import Tiles
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -88,14 +88,6 @@ class Problem:
             for axis, length in zip(self.neighborhood.axes, self.global_layout, strict=True)
         )
 
-    @property
-    def useful_pairs(self) -> int:
-        """Query-key pairs that attend to each other in the whole volume, per batch entry and head (exact)."""
-        return math.prod(
-            sum(_pairs(axis, length, residue) for residue in range(axis.dilation))
-            for axis, length in zip(self.neighborhood.axes, self.global_layout, strict=True)
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
@@ -110,12 +102,6 @@ class Workload:
     tiles: Tiles | None
     computed_pairs: int
     masked_pairs: int
-
-
-def _pairs(axis: Any, length: int, residue: int) -> int:
-    group = group_length(length, axis.dilation, residue)
-    first, end = axis.keys(np.arange(group), group)
-    return int(np.sum(end - first))
 
 
 def describe(

@@ -26,7 +26,7 @@ import numpy as np
 from gna_jax.neighborhood import (
     AxisNeighborhood,
     Neighborhood,
-    Sizes,
+    equal_groups,
     group_length,
     maximum,
     minimum,
@@ -67,7 +67,7 @@ class Tiles:
         for name in ("q", "kv", "backward_q", "backward_kv"):
             value = getattr(self, name)
             if value is not None or name == "q":
-                shapes[name] = _tile_shape(f"tiles.{name}", value, _rank_of(value))
+                shapes[name] = tile_shape(f"tiles.{name}", value, _rank_of(value))
                 object.__setattr__(self, name, shapes[name])
         if len({len(shape) for shape in shapes.values()}) > 1 or not self.q:
             got = ", ".join(f"{name}={shape}" for name, shape in shapes.items())
@@ -83,7 +83,8 @@ def _rank_of(value: Any) -> int:
     return len(value) if isinstance(value, Sequence) else np.size(value)
 
 
-def _tile_shape(name: str, value: Any, rank: int) -> tuple[int, ...]:
+def tile_shape(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    """`value` as a tile's size per axis; ValueError for a size below 1, TypeError for one that is no integer."""
     shape = per_axis(name, value, rank)
     if any(size < 1 for size in shape):
         raise ValueError(
@@ -136,7 +137,7 @@ class AxisWalk:
     outer: Interval
     inner: Interval
     length: Any
-    tile: int
+    tile: Any
     start: Any
     num_visits: Any
     full: Interval
@@ -153,7 +154,7 @@ class AxisWalk:
 
 
 def key_walk(
-    axis: AxisNeighborhood, length: Any, q_start: Any, *, q_tile: int, kv_tile: int, dynamic: bool
+    axis: AxisNeighborhood, length: Any, q_start: Any, *, q_tile: Any, kv_tile: Any, dynamic: bool
 ) -> AxisWalk:
     """The KV tiles that the Q tile `q_start + [0, q_tile)` visits on one axis.
 
@@ -161,7 +162,7 @@ def key_walk(
       axis: rule of the axis.
       length: tokens of the dilation group (may be traced).
       q_start: first query, `0 <= q_start < length`: int, numpy array or traced array.
-      q_tile: queries per tile; the tile may run past the end of the group.
+      q_tile: queries per tile; the tile may run past the end of the group. Sizes may be arrays that broadcast, here and below.
       kv_tile: keys per visited tile.
       dynamic: whether the first KV tile starts at the outer start, or at the multiple of `kv_tile` before it.
     """
@@ -171,7 +172,7 @@ def key_walk(
 
 
 def query_walk(
-    axis: AxisNeighborhood, length: Any, kv_start: Any, *, q_tile: int, kv_tile: int, dynamic: bool
+    axis: AxisNeighborhood, length: Any, kv_start: Any, *, q_tile: Any, kv_tile: Any, dynamic: bool
 ) -> AxisWalk:
     """The Q tiles that the KV tile `kv_start + [0, kv_tile)` visits on one axis: `key_walk` with the roles exchanged."""
     keys = kv_start, minimum(kv_start + kv_tile, length) - 1
@@ -180,7 +181,7 @@ def query_walk(
 
 
 def _axis_walk(
-    outer: Interval, inner: Interval, *, length: Any, tile: int, dynamic: bool
+    outer: Interval, inner: Interval, *, length: Any, tile: Any, dynamic: bool
 ) -> AxisWalk:
     start = outer[0] if dynamic else (outer[0] // tile) * tile
     num_visits = _ceil_divide(outer[1] - start, tile)
@@ -229,7 +230,7 @@ class _TilePlan:
         if _rank_of(self.group) == 0:
             object.__setattr__(self, "group", (0,) * rank)
         for name in ("q_tile", "kv_tile"):
-            object.__setattr__(self, name, _tile_shape(name, getattr(self, name), rank))
+            object.__setattr__(self, name, tile_shape(name, getattr(self, name), rank))
         for name in ("layout", "group", self._start_name):
             object.__setattr__(self, name, per_axis(name, getattr(self, name), rank))
         self.neighborhood.check_layout(self.layout)
@@ -343,56 +344,4 @@ def dilation_groups(
 
 def group_lengths(length: int, dilation: int) -> tuple[tuple[int, int], ...]:
     """The distinct lengths of the dilation groups of one axis, longest first: at most two `(length, groups)`."""
-    longest, shortest = (group_length(length, dilation, residue) for residue in (0, dilation - 1))
-    # The lengths differ by at most one token and add up to the axis.
-    num_longest = length - dilation * shortest
-    lengths = (longest, num_longest), (shortest, dilation - num_longest)
-    return tuple((tokens, groups) for tokens, groups in lengths if groups)
-
-
-def count_visits(
-    neighborhood: Neighborhood, layout: Sequence[int], q_tile: Sizes, kv_tile: Sizes, dynamic: bool
-) -> tuple[int, int]:
-    """KV tiles that all Q tiles of all dilation groups visit, and how many of those visits are full.
-
-    Exact: the product over the axes of sums over the axis's Q tiles, which start at multiples of `q_tile`.
-
-    Raises:
-      ValueError: for a layout too small for its windows, or a tile size below 1.
-    """
-    layout = per_axis("layout", layout, neighborhood.rank)
-    neighborhood.check_layout(layout)
-    q_tiles = _tile_shape("q_tile", q_tile, neighborhood.rank)
-    kv_tiles = _tile_shape("kv_tile", kv_tile, neighborhood.rank)
-    num_visits = num_full = 1
-    for axis, length, q, kv in zip(neighborhood.axes, layout, q_tiles, kv_tiles, strict=True):
-        axis_visits = axis_full = 0
-        for tokens, groups in group_lengths(length, axis.dilation):
-            starts = np.arange(0, tokens, q)
-            walk = key_walk(axis, tokens, starts, q_tile=q, kv_tile=kv, dynamic=dynamic)
-            axis_visits += groups * int(walk.num_visits.sum())
-            axis_full += groups * int(walk.num_full.sum())
-        num_visits, num_full = num_visits * axis_visits, num_full * axis_full
-    return num_visits, num_full
-
-
-def is_fully_block_sparse(
-    neighborhood: Neighborhood, layout: Sequence[int], q_tile: Sizes, kv_tile: Sizes, dynamic: bool
-) -> bool:
-    """Whether no visited KV tile of any Q tile of any dilation group holds a masked pair of real tokens. Exact.
-
-    Raises as `count_visits`.
-    """
-    num_visits, num_full = count_visits(neighborhood, layout, q_tile, kv_tile, dynamic)
-    return num_full == num_visits
-
-
-def masked_tile_share(
-    neighborhood: Neighborhood, layout: Sequence[int], q_tile: Sizes, kv_tile: Sizes, dynamic: bool
-) -> float:
-    """Share of the visited KV tiles, over all Q tiles and dilation groups, that need a mask: 0.0 if block-sparse.
-
-    Raises as `count_visits`.
-    """
-    num_visits, num_full = count_visits(neighborhood, layout, q_tile, kv_tile, dynamic)
-    return (num_visits - num_full) / num_visits
+    return tuple((tokens, len(residues)) for residues, tokens in equal_groups(length, dilation))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gna_jax import gna
-from gna_jax.backends.xla import cost
+from gna_jax.backends.xla.tile_classes import build_classes
 from gna_jax.device import KNOWN_DEVICES
 from gna_jax.neighborhood import Neighborhood
 from gna_jax.problem import Operands, Problem, describe
@@ -212,7 +212,7 @@ def _num_loops(case: Case) -> int:
     problem = case.problem()
     shapes = [case.tiles.q, case.tiles.backward_q or case.tiles.q]
     tiles = [tuple((size, True) for size in shape) for shape in shapes]
-    return max(math.prod(map(len, cost.build_classes(problem, shape))) for shape in tiles)
+    return max(math.prod(map(len, build_classes(problem, shape))) for shape in tiles)
 
 
 @dataclasses.dataclass(frozen=True)

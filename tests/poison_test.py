@@ -20,7 +20,8 @@ from attention_suite import (
 )
 
 from gna_jax.attention import slab_attention
-from gna_jax.backends.xla import cost, query_tile
+from gna_jax.backends.xla import query_tile
+from gna_jax.backends.xla.tile_classes import build_classes
 from gna_jax.tiling import Tiles
 
 CASES = [
@@ -143,7 +144,7 @@ def test_additional_rows_past_their_length(implementation):
 def tile_reach(case, backward):
     """`[queries, keys]` bool: does the tile that answers for the query have the key in its outer box?"""
     problem = case.problem()
-    axes = cost.build_classes(problem, query_tile(problem, case.tiles, backward))
+    axes = build_classes(problem, query_tile(problem, case.tiles, backward))
     reach = np.ones((1, 1), bool)
     for classes, d, length in zip(axes, case.dilation, case.layout, strict=True):
         axis = np.zeros((length, length), bool)

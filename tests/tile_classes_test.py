@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from attention_suite import case_1d, case_of
 
-from gna_jax.backends.xla import cost, query_tile, workload
+from gna_jax.backends.xla import query_tile, workload
 from gna_jax.backends.xla.tile_classes import (
-    MAX_CLASSES,
     axis_classes,
-    axis_outline,
+    build_classes,
     slab_class,
-    slab_outline,
 )
 from gna_jax.neighborhood import AxisNeighborhood
+from gna_jax.simulator import query_box_cost
+from gna_jax.simulator.counts import attended_pairs
+from gna_jax.simulator.query_boxes import MAX_CLASSES, axis_outline, slab_outline
 from gna_jax.tiling import Tiles
 
 
@@ -230,22 +231,22 @@ def test_choose_tiles_is_deterministic_and_fast():
     case = case_of((128, 128, 64), (16, 16, 8), stride=(1, 4, 8), head_dim=1, value_dim=1)
     problem = case.problem()
     for backward in (False, True):
-        cost._search.cache_clear()
-        cost._cached_outline.cache_clear()
+        query_box_cost._search.cache_clear()
+        query_box_cost._cached_outline.cache_clear()
         begin = time.process_time()
-        tiles = cost.choose_tiles(problem, backward)
+        tiles = query_box_cost.choose_tiles(problem, backward)
         assert time.process_time() - begin < 0.5
-        cost._search.cache_clear()
-        assert cost.choose_tiles(problem, backward) == tiles
+        query_box_cost._search.cache_clear()
+        assert query_box_cost.choose_tiles(problem, backward) == tiles
         assert all(1 <= size <= n for (size, _), n in zip(tiles, case.layout, strict=True))
 
 
 def test_chosen_tiles_are_the_cheapest_that_were_predicted():
     problem = case_1d(200, 13).problem()
-    tiles = cost.choose_tiles(problem, False)
-    chosen = cost.predicted_ns(problem, tiles, False)
+    tiles = query_box_cost.choose_tiles(problem, False)
+    chosen = query_box_cost.predicted_ns(problem, tiles, False)
     others = [((size, split),) for size in (1, 4, 16, 64, 200) for split in (False, True)]
-    assert all(chosen <= cost.predicted_ns(problem, other, False) for other in others)
+    assert all(chosen <= query_box_cost.predicted_ns(problem, other, False) for other in others)
 
 
 def test_workload_counts_pairs_of_the_wanted_tiles():
@@ -254,7 +255,7 @@ def test_workload_counts_pairs_of_the_wanted_tiles():
     assert query_tile(problem, tiles, backward=False) == ((3, True), (4, True))
     assert query_tile(problem, tiles, backward=True) == ((6, True), (5, True))
     assert query_tile(problem, Tiles(q=(3, 4), kv=None), backward=True) == ((3, True), (4, True))
-    rows, columns = cost.build_classes(problem, query_tile(problem, tiles, backward=False))
+    rows, columns = build_classes(problem, query_tile(problem, tiles, backward=False))
     computed = masked = 0
     for both in itertools.product(rows, columns):
         pairs = math.prod(c.num_tiles * c.query_length * c.box_length for c in both)
@@ -262,4 +263,5 @@ def test_workload_counts_pairs_of_the_wanted_tiles():
         masked += 0 if all(c.is_full for c in both) else pairs
     work = workload(problem, tiles)
     assert (work.tiles, work.computed_pairs, work.masked_pairs) == (tiles, computed, masked)
-    assert problem.useful_pairs == int(case.neighborhood.mask(case.layout).sum()) <= computed
+    attended = attended_pairs(problem.neighborhood, case.layout)
+    assert attended == int(case.neighborhood.mask(case.layout).sum()) <= computed

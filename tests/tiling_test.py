@@ -15,14 +15,11 @@ from gna_jax.tiling import (
     KeyTilePlan,
     QueryTilePlan,
     Tiles,
-    count_visits,
     dilation_groups,
     group_lengths,
     inner_keys,
     inner_queries,
-    is_fully_block_sparse,
     key_walk,
-    masked_tile_share,
     outer_keys,
     outer_queries,
     query_walk,
@@ -266,86 +263,6 @@ def test_group_lengths_with_multiplicity():
             expected = {tokens: lengths.count(tokens) for tokens in lengths}
             assert dict(group_lengths(length, dilation)) == expected
             assert len(group_lengths(length, dilation)) == len(expected) <= 2
-
-
-def scan_counts(neighborhood, layout, q_tile, kv_tile, dynamic):
-    """Visited and full KV tiles of every Q tile of every dilation group, one by one."""
-    num_visits = num_full = 0
-    for group in np.ndindex(neighborhood.dilation):
-        mask = group_mask(neighborhood, layout, group)
-        for start in tile_starts(mask.shape[: len(layout)], q_tile):
-            visits, _ = scan_plan(mask, start, q_tile, kv_tile, dynamic)
-            num_visits += len(visits)
-            num_full += sum(is_full for _, is_full in visits)
-    return num_visits, num_full
-
-
-def check_counts(neighborhood, layout, q_tile, kv_tile, dynamic):
-    problem = neighborhood, layout, q_tile, kv_tile, dynamic
-    num_visits, num_full = scan_counts(*problem)
-    assert count_visits(*problem) == (num_visits, num_full), problem
-    assert is_fully_block_sparse(*problem) == (num_visits == num_full), problem
-    assert masked_tile_share(*problem) == pytest.approx(1 - num_full / num_visits), problem
-    return num_visits == num_full
-
-
-@pytest.mark.parametrize("rank", [2, 3])
-@pytest.mark.parametrize("seed", range(12))
-def test_counts_of_random_problems(rank, seed):
-    random = np.random.default_rng([7, rank, seed])
-    problem = random_problem(random, rank)
-    for dynamic in (False, True):
-        check_counts(*problem, dynamic)
-
-
-@pytest.mark.parametrize("dilation", [1, 2, 3])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_counts_of_every_small_axis(dilation, dynamic):
-    outcomes = set()
-    for length in (3, 7):
-        for axis in axes_of(length // dilation):
-            rule = Neighborhood((axis.window,), (axis.stride,), (dilation,), (axis.is_causal,))
-            for q_tile, kv_tile in itertools.product((1, 3), (1, 2, 4)):
-                outcomes.add(check_counts(rule, (length,), (q_tile,), (kv_tile,), dynamic))
-    assert outcomes == {False, True}
-
-
-@pytest.mark.parametrize(
-    ("layout", "window_size", "stride", "q_tile", "kv_tile"),
-    [
-        ((256, 256), (80, 80), (16, 16), (16, 16), (16, 8)),
-        ((30, 48, 80), (18, 24, 24), (16, 8, 8), (4, 8, 8), (2, 8, 8)),
-        ((32768,), (2048,), (256,), (256,), (128,)),
-    ],
-)
-def test_published_strides_are_fully_block_sparse(layout, window_size, stride, q_tile, kv_tile):
-    problem = layout, q_tile, kv_tile, False
-    chosen = Neighborhood.of(len(layout), window_size=window_size, stride=stride)
-    assert is_fully_block_sparse(chosen, *problem)
-    assert masked_tile_share(chosen, *problem) == 0.0
-    sliding = Neighborhood.of(len(layout), window_size=window_size)
-    assert not is_fully_block_sparse(sliding, *problem)
-    assert 0.0 < masked_tile_share(sliding, *problem) < 1.0
-
-
-def test_counts_of_a_long_axis_cost_one_pass_over_its_tiles():
-    neighborhood = Neighborhood.of(1, window_size=10**8, stride=64)
-    num_visits, num_full = count_visits(neighborhood, (10**9,), (1024,), (1,), True)
-    # A Q tile sees a window of 10**8 keys slide by the 15 strides between its first and its last stride group.
-    num_q_tiles, slide = 976_563, 15 * 64
-    assert (10**8 - slide) * num_q_tiles <= num_full < 10**8 * num_q_tiles
-    assert 10**8 * num_q_tiles < num_visits <= (10**8 + slide) * num_q_tiles
-
-
-def test_counts_reject_what_never_fits():
-    neighborhood = Neighborhood.of(2, window_size=3)
-    for count in (count_visits, is_fully_block_sparse, masked_tile_share):
-        with pytest.raises(ValueError, match="window_size must not exceed the layout"):
-            count(neighborhood, (2, 8), (4, 4), (4, 4), False)
-        with pytest.raises(ValueError, match="layout must be one value or one per spatial axis"):
-            count(neighborhood, (8,), (4, 4), (4, 4), False)
-        with pytest.raises(ValueError, match=r"kv_tile must be at least 1 .* kv_tile=\(4, 0\)"):
-            count(neighborhood, (8, 8), (4, 4), (4, 0), False)
 
 
 def test_tiles_become_tuples_of_ints():

@@ -21,7 +21,7 @@ from attention_suite import (
     random_case,
 )
 
-from gna_jax.backends.xla import cost
+from gna_jax.simulator import query_box_cost
 from gna_jax.tiling import Tiles
 
 FLOAT32 = 1e-5
@@ -120,7 +120,8 @@ def test_explicit_tiles(case):
 @pytest.mark.parametrize("scratch_bytes", [1, 6_000, 60_000])
 def test_several_steps_and_a_ragged_last_group(scratch_bytes, monkeypatch):
     """Tiles per loop step from one to some, so that the last step of a loop repeats a tile to be full."""
-    monkeypatch.setattr(cost, "CPU", dataclasses.replace(cost.CPU, scratch_bytes=scratch_bytes))
+    rates = dataclasses.replace(query_box_cost.CPU, scratch_bytes=scratch_bytes)
+    monkeypatch.setattr(query_box_cost, "CPU", rates)
     tiles = Tiles(q=(3, 2), kv=None)
     check(case_of((11, 13), (4, 5), stride=(1, 2), tiles=tiles, has_bias=True), np.float32, FLOAT32)
 

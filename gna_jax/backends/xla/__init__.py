@@ -1,6 +1,6 @@
 """Backend "xla": tiles of queries times boxes of keys in plain XLA, forward and backward, on every platform.
 
-Reading order: `tile_classes` (which tiles, which boxes), `cost` (how large), `tile` (reading and writing one),
+Reading order: `gna_jax.simulator.query_box_cost` (how large tiles are), `tile_classes` (which tiles, which boxes), `tile` (reading and writing one),
 `scores` and `bias` (arithmetic on one), `forward`, `backward`.
 """
 
@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from gna_jax.backends.xla import backward as _backward
-from gna_jax.backends.xla import cost
 from gna_jax.backends.xla import forward as _forward
-from gna_jax.backends.xla.tile_classes import TileClass, slab_class
+from gna_jax.backends.xla.tile_classes import TileClass, build_classes, slab_class
 from gna_jax.problem import Operands, Problem, Workload
+from gna_jax.simulator.query_box_cost import Axes, choose_tiles
 from gna_jax.tiling import Tiles
 
 PLATFORMS = None  # every one
@@ -33,10 +33,10 @@ def supports(problem: Problem, tiles: Tiles | None) -> str | None:
     return None
 
 
-def query_tile(problem: Problem, tiles: Tiles | None, backward: bool) -> cost.Axes:
+def query_tile(problem: Problem, tiles: Tiles | None, backward: bool) -> Axes:
     """Queries per tile and axis, and whether an axis is cut at its edges: the caller's tiles, or the cheapest."""
     if tiles is None:
-        return cost.choose_tiles(problem, backward)
+        return choose_tiles(problem, backward)
     wanted = tiles.backward_q if backward and tiles.backward_q is not None else tiles.q
     return tuple((size, not problem.is_slab) for size in wanted)
 
@@ -65,7 +65,7 @@ def workload(problem: Problem, tiles: Tiles | None) -> Workload:
     """The tiles this backend uses for the whole volume, and the pairs its forward computes."""
     tile = query_tile(problem, tiles, backward=False)
     back = query_tile(problem, tiles, backward=True)
-    classes = cost.build_classes(problem, tile)
+    classes = build_classes(problem, tile)
     pairs = [[c.num_tiles * c.query_length * c.box_length for c in axis] for axis in classes]
     full = [
         sum(size for size, c in zip(sizes, axis, strict=True) if c.is_full)
@@ -83,7 +83,7 @@ def workload(problem: Problem, tiles: Tiles | None) -> Workload:
 
 def _classes(problem: Problem, operands: Operands, tile: Any) -> tuple[tuple[TileClass, ...], ...]:
     if not problem.is_slab:
-        return cost.build_classes(problem, tile)
+        return build_classes(problem, tile)
     return tuple(
         (
             slab_class(

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 
 from gna_jax.backends.xla import scores as tile_scores
 from gna_jax.backends.xla.bias import BiasDiagonals
-from gna_jax.backends.xla.cost import tiles_per_step
 from gna_jax.backends.xla.loop_state import zeros_varying
 from gna_jax.backends.xla.tile import grouped, ungrouped
 from gna_jax.backends.xla.tile_classes import TileClass
-from gna_jax.backends.xla.tile_group import TileGroup, for_each_group, loops
+from gna_jax.backends.xla.tile_group import TileGroup, for_each_group, loops, tiles_per_step
 from gna_jax.problem import Operands, Problem
 
 
@@ -71,7 +70,9 @@ def backward(
 
     sums = _zero_sums(problem, arrays, operands, bias)
     for classes in loops(axes):
-        sums = for_each_group(classes, tiles_per_step(problem, classes), body, sums)
+        sums = for_each_group(
+            classes, tiles_per_step(problem, classes), rows_first=False, body=body, carry=sums
+        )
     return Operands(
         query=ungrouped(sums.query, problem.query_layout),
         key=ungrouped(sums.key, problem.key_layout).astype(operands.key.dtype),
@@ -161,9 +162,10 @@ def _group_gradients(
     if sums.bias is not None:
         sums = sums._replace(bias=bias.add_gradient(sums.bias, group, dscores))
     if problem.num_additional:
-        more, sums = _additional_gradients(problem, arrays, query, saved, sums)
+        more, sums = _additional_gradients(problem, arrays, group, query, saved, sums)
         dquery = dquery + more
-    dquery = tile_scores.merge_heads(problem, dquery * problem.scale)
+    dquery = jnp.swapaxes(dquery, -1, -2) * problem.scale
+    dquery = tile_scores.merge_heads(problem, dquery)
     return sums._replace(query=group.write_queries(sums.query, dquery))
 
 
@@ -211,14 +213,19 @@ def _row_vector(problem: Problem, rows: jax.Array) -> jax.Array:
 
 
 def _additional_gradients(
-    problem: Problem, arrays: Operands, query: jax.Array, saved: _SavedRows, sums: _Sums
+    problem: Problem,
+    arrays: Operands,
+    group: TileGroup,
+    query: jax.Array,
+    saved: _SavedRows,
+    sums: _Sums,
 ) -> tuple[jax.Array, _Sums]:
     """What tiles' rows get from the additional keys in dQ `[G, B, K, H, M]` (unscaled), and `sums` with what they give."""
     key = tile_scores.box_heads(problem, arrays.additional_keys)
     value = tile_scores.box_heads(problem, arrays.additional_values)
-    scores = tile_scores.additional_scores(problem, arrays, query, key)
+    scores = tile_scores.additional_scores(problem, arrays, group, query, key)
     pairs = _pair_gradients(problem, scores, value, saved)
-    dscores = tile_scores.mask_additional(arrays, pairs.dscores, 0.0)
+    dscores = tile_scores.mask_additional(arrays, group, pairs.dscores, 0.0)
     dquery = tile_scores.matmul(problem, "bksh,gbksm->gbkhm", key, dscores)
     dkey = tile_scores.matmul(problem, "gbksm,gbkmh->bksh", dscores, query) * problem.scale
     dvalue = tile_scores.matmul(problem, "gbksm,gbkmh->bksh", pairs.weights, saved.dout)

@@ -53,19 +53,19 @@ class BiasDiagonals:
         return (self.problem.batch, self.problem.query_heads, *sizes)
 
     def of_group(self, table: jax.Array, group: TileGroup) -> jax.Array:
-        """Bias of tiles as their scores lie, `[G, 1, K, S, M]`, from the padded table."""
-        return group.map(lambda tile: self._of_tile(table, tile))
+        """Bias of tiles as their scores lie, `[G, 1, K, M, S]` or `[G, 1, K, S, M]`, from the padded table."""
+        return group.map(lambda tile: self._of_tile(table, tile, group.rows_first))
 
     def add_gradient(self, target: jax.Array, group: TileGroup, gradient: jax.Array) -> jax.Array:
-        """`target` (of `gradient_shape`) plus score gradients `[G, B, K, S, M]`: the transpose of `of_group`."""
+        """`target` (of `gradient_shape`) plus score gradients `[G, B, K, S, M]`: the transpose of `of_group` there."""
 
         def add(n: Any, tile: Tile, target: jax.Array) -> jax.Array:
             return self._add_tile(target, tile, gradient[n])
 
         return group.in_order(add, target)
 
-    def _of_tile(self, table: jax.Array, tile: Tile) -> jax.Array:
-        """`[1, K, S, M]`."""
+    def _of_tile(self, table: jax.Array, tile: Tile, rows_first: bool) -> jax.Array:
+        """`[1, K, M, S]` or `[1, K, S, M]`."""
         rank = len(tile.classes)
         starts, sizes = self._diagonals(tile)
         bias = jax.lax.dynamic_slice(table, [jnp.int32(0), *starts], (table.shape[0], *sizes))
@@ -73,8 +73,10 @@ class BiasDiagonals:
             bias = _spread(bias, 1 + 2 * n, c.query_length, c.box_length)
         rows = (1 + 2 * n for n in range(rank))
         columns = (2 + 2 * n for n in range(rank))
-        bias = bias.transpose(0, *columns, *rows)
         kv_heads, per_kv = self.problem.kv_heads, self.problem.heads_per_kv
+        if rows_first:
+            return bias.transpose(0, *rows, *columns).reshape(1, kv_heads, -1, tile.num_keys)
+        bias = bias.transpose(0, *columns, *rows)
         bias = bias.reshape(kv_heads, per_kv, tile.num_keys, tile.num_queries)
         return bias.transpose(0, 2, 1, 3).reshape(1, kv_heads, tile.num_keys, -1)
 

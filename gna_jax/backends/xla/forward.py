@@ -12,11 +12,10 @@ import jax.numpy as jnp
 
 from gna_jax.backends.xla import scores as tile_scores
 from gna_jax.backends.xla.bias import BiasDiagonals
-from gna_jax.backends.xla.cost import tiles_per_step
 from gna_jax.backends.xla.loop_state import zeros_varying
 from gna_jax.backends.xla.tile import grouped, ungrouped
 from gna_jax.backends.xla.tile_classes import TileClass
-from gna_jax.backends.xla.tile_group import TileGroup, for_each_group, loops
+from gna_jax.backends.xla.tile_group import TileGroup, for_each_group, loops, tiles_per_step
 from gna_jax.problem import Operands, Problem
 
 
@@ -47,13 +46,15 @@ def forward(
 
     carry = (out, lse)
     for classes in loops(axes):
-        carry = for_each_group(classes, tiles_per_step(problem, classes), body, carry)
+        carry = for_each_group(
+            classes, tiles_per_step(problem, classes), rows_first=True, body=body, carry=carry
+        )
     out, lse = (ungrouped(x, problem.query_layout) for x in carry)
     return out, lse[..., 0]
 
 
 class _Part(NamedTuple):
-    """Keys of one kind: scores `[G, B, K, S, M]`, and values with their axes in an einsum."""
+    """Keys of one kind: scores `[G, B, K, M, S]`, and values with their axes in an einsum."""
 
     scores: jax.Array
     value: jax.Array
@@ -66,25 +67,25 @@ def _attend(
     """Softmax attention of a group: out `[G, B, T, N, V]`, lse `[G, B, T, N, 1]`."""
     query = tile_scores.split_heads(problem, group.read_queries(arrays.query))
     key = tile_scores.box_heads(problem, group.read_keys(arrays.key))
-    value = tile_scores.box_heads_transposed(problem, group.read_keys(arrays.value))
+    value = tile_scores.box_heads(problem, group.read_keys(arrays.value))
     scores = tile_scores.box_scores(problem, arrays, bias, group, query, key)
-    parts = [_Part(scores, value, "gbkhs")]
+    parts = [_Part(scores, value, "gbksh")]
     if problem.num_additional:
         key = tile_scores.box_heads(problem, arrays.additional_keys)
         value = tile_scores.box_heads(problem, arrays.additional_values)
-        scores = tile_scores.additional_scores(problem, arrays, query, key)
+        scores = tile_scores.additional_scores(problem, arrays, group, query, key)
         parts.append(_Part(scores, value, "bksh"))
-    peaks = [jnp.max(part.scores, axis=-2, keepdims=True) for part in parts]
-    peak = functools.reduce(jnp.maximum, peaks)  # [G, B, K, 1, M]
+    peaks = [jnp.max(part.scores, axis=-1, keepdims=True) for part in parts]
+    peak = functools.reduce(jnp.maximum, peaks)  # [G, B, K, M, 1]
     if problem.is_slab:
         # A row without a key has peak -inf, and -inf - -inf would be NaN.
         peak = jnp.where(peak == -jnp.inf, jnp.zeros((), peak.dtype), peak)
     totals, outs = [], []
     for part in parts:
         weights = jnp.exp(part.scores - peak)
-        totals.append(jnp.sum(weights, axis=-2, keepdims=True))
-        spec = f"{part.value_axes},gbksm->gbkhm"
-        outs.append(tile_scores.matmul(problem, spec, part.value, weights))
+        totals.append(jnp.sum(weights, axis=-1, keepdims=True))
+        spec = f"gbkms,{part.value_axes}->gbkmh"
+        outs.append(tile_scores.matmul(problem, spec, weights, part.value))
     total, out = functools.reduce(jnp.add, totals), functools.reduce(jnp.add, outs)
     lse = peak + jnp.log(total)
     if problem.is_slab:

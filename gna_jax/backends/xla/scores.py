@@ -1,9 +1,9 @@
 """Arithmetic on a group of tiles: heads, scores with mask and bias, products.
 
 Shapes: rows `[G, B, K, M, H]` and boxes `[G, B, K, S, H]` of G tiles, where K counts key/value heads, M = (query heads
-per key/value head) x (queries of a tile), S keys of a box. Scores are kept transposed, `[G, B, K, S, M]`: then four of
-the backward's five products, and the forward's first, read both operands as they lie; the fifth (and the forward's
-second) needs the box transposed, which is the smaller operand.
+per key/value head) x (queries of a tile), S keys of a box. A product is fast when it reads the scores as they lie, so they lie
+as most products of a pass want them: the forward's `[.., M, S]`, for out = P V; the backward's `[.., S, M]`, for dV and dK
+(its dQ needs the box transposed, which is the smaller operand). `TileGroup.rows_first` tells them apart.
 """
 
 from typing import Any
@@ -24,13 +24,12 @@ def split_heads(problem: Problem, rows: jax.Array) -> jax.Array:
     return rows.reshape(*lead, kv_heads, per_kv * count, dim)
 
 
-def merge_heads(problem: Problem, columns: jax.Array) -> jax.Array:
-    """`[G, B, K, H, M]` -> `[G, B, T, N, H]`."""
-    *lead, kv_heads, dim, rows = columns.shape
+def merge_heads(problem: Problem, rows: jax.Array) -> jax.Array:
+    """`[G, B, K, M, H]` -> `[G, B, T, N, H]`."""
+    *lead, kv_heads, count, dim = rows.shape
     per_kv = problem.heads_per_kv
-    columns = columns.reshape(*lead, kv_heads, dim, per_kv, rows // per_kv)
-    columns = columns.transpose(0, 1, 5, 2, 4, 3)
-    return columns.reshape(*lead, rows // per_kv, problem.query_heads, dim)
+    rows = rows.reshape(*lead, kv_heads, per_kv, count // per_kv, dim).transpose(0, 1, 4, 2, 3, 5)
+    return rows.reshape(*lead, count // per_kv, problem.query_heads, dim)
 
 
 def box_heads(problem: Problem, columns: jax.Array) -> jax.Array:
@@ -84,10 +83,18 @@ def box_scores(
     key: jax.Array,
 ) -> jax.Array:
     """Scaled scores of tiles against their boxes, plus bias, -inf where the row does not see the column."""
-    scores = matmul(problem, "gbksh,gbkmh->gbksm", key, query) * problem.scale
+    scores = _products(problem, group, query, key) * problem.scale
     if problem.has_bias:
         scores = scores + bias.of_group(arrays.bias, group)
     return masked(problem, group, scores, -jnp.inf)
+
+
+def _products(problem: Problem, group: TileGroup, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Dot products of rows and columns, as the pass's scores lie; `key` `[.., S, H]` with or without G."""
+    columns = "gbksh" if key.ndim == 5 else "bksh"
+    if group.rows_first:
+        return matmul(problem, f"gbkmh,{columns}->gbkms", query, key)
+    return matmul(problem, f"{columns},gbkmh->gbksm", key, query)
 
 
 def masked(problem: Problem, group: TileGroup, scores: jax.Array, fill: float) -> jax.Array:
@@ -97,25 +104,32 @@ def masked(problem: Problem, group: TileGroup, scores: jax.Array, fill: float) -
     """
     if group.is_full:
         return scores
-    by_head = (*scores.shape[:-1], problem.heads_per_kv, group.num_queries)
-    seen = group.seen()
-    seen = seen.reshape(seen.shape[0], 1, 1, group.num_keys, 1, group.num_queries)
+    seen, rows = group.seen(), (problem.heads_per_kv, group.num_queries)
+    if group.rows_first:
+        by_head = (*scores.shape[:-2], *rows, group.num_keys)
+        seen = seen.reshape(seen.shape[0], 1, 1, 1, group.num_queries, group.num_keys)
+    else:
+        by_head = (*scores.shape[:-1], *rows)
+        seen = seen.reshape(seen.shape[0], 1, 1, group.num_keys, 1, group.num_queries)
     filled = jnp.where(seen, scores.reshape(by_head), jnp.asarray(fill, scores.dtype))
     return filled.reshape(scores.shape)
 
 
 def additional_scores(
-    problem: Problem, arrays: Operands, query: jax.Array, key: jax.Array
+    problem: Problem, arrays: Operands, group: TileGroup, query: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Scaled scores against the additional keys, -inf past a sample's length: `[G, B, K, S, M]`."""
-    scores = matmul(problem, "bksh,gbkmh->gbksm", key, query) * problem.scale
-    return mask_additional(arrays, scores, -jnp.inf)
+    """Scaled scores against the additional keys, -inf past a sample's length."""
+    scores = _products(problem, group, query, key) * problem.scale
+    return mask_additional(arrays, group, scores, -jnp.inf)
 
 
-def mask_additional(arrays: Operands, scores: jax.Array, fill: float) -> jax.Array:
-    """`scores [G, B, K, S, M]` with `fill` past each sample's additional length."""
+def mask_additional(
+    arrays: Operands, group: TileGroup, scores: jax.Array, fill: float
+) -> jax.Array:
+    """Scores against the additional keys with `fill` past each sample's length."""
     if arrays.additional_lengths is None:
         return scores
-    column = jnp.arange(scores.shape[3], dtype=jnp.int32)[None, :]
-    seen = column < arrays.additional_lengths[:, None]
-    return jnp.where(seen[None, :, None, :, None], scores, jnp.asarray(fill, scores.dtype))
+    column = jnp.arange(arrays.additional_keys.shape[1], dtype=jnp.int32)[None, :]
+    seen = (column < arrays.additional_lengths[:, None])[None, :, None]  # [1, B, 1, S]
+    seen = seen[..., None, :] if group.rows_first else seen[..., None]
+    return jnp.where(seen, scores, jnp.asarray(fill, scores.dtype))

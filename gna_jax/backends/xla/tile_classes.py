@@ -1,11 +1,9 @@
 """Which query tiles the XLA backend visits on one axis, and which box of keys each of them reads.
 
-XLA programs have static shapes, so the query tiles of an axis are sorted into *classes* that share the number of
-queries and the length of the key box; the backend runs one loop per combination of classes over the axes. Cutting an
-axis where its windows stop being clamped pays twice: an edge tile's queries all share one window (box = window, no
-mask), and the tiles of the interior all look alike (one mask, loop-invariant).
+Tiles are sorted into classes of one static shape (`gna_jax.simulator.query_boxes` says how an axis is cut, and why); the backend
+runs one loop per combination of classes over the axes.
 
-Nothing is read or computed here: `gna_jax.backends.xla.tile` reads, `gna_jax.backends.xla.cost` chooses tile sizes.
+Nothing is read or computed here (`gna_jax.backends.xla.tile`), and no size chosen (`gna_jax.simulator.query_box_cost`).
 All positions lie in dilation groups (see `gna_jax.neighborhood`).
 """
 
@@ -19,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gna_jax.neighborhood import AxisNeighborhood, group_length
-
-MAX_CLASSES = 4
-"""Classes per axis: each costs a loop, and loops multiply over axes."""
+from gna_jax.problem import Problem
+from gna_jax.simulator.query_box_cost import Axes
+from gna_jax.simulator.query_boxes import MAX_CLASSES, Region, regions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,28 +59,6 @@ class TileClass:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outline:
-    """What the tiles of an axis cost, without building them: tiles of `rows` queries, `count` of them, mean box length."""
-
-    rows: tuple[int, ...]
-    count: tuple[int, ...]
-    box: tuple[float, ...]
-    num_classes: int
-    is_uniform: bool  # whether each class has one mask for all its tiles
-
-
-@dataclasses.dataclass(frozen=True)
-class _Region:
-    """Tiles of one length in one dilation group: the tile at `start` answers for its rows from `owned_from` on."""
-
-    length: int
-    start: np.ndarray  # [n]
-    owned_from: np.ndarray  # [n]
-    group: int
-    residues: range
-
-
-@dataclasses.dataclass(frozen=True)
 class _Tile:
     """One tile of an axis; `first` and `end` are columns of its own box, per row."""
 
@@ -104,6 +80,12 @@ class _Tile:
         return self.box_length, self.first.tobytes(), self.end.tobytes()
 
 
+def build_classes(problem: Problem, tiles: Axes) -> tuple[tuple[TileClass, ...], ...]:
+    """The tile classes of a whole volume, per axis."""
+    axes = zip(problem.neighborhood.axes, problem.global_layout, tiles, strict=True)
+    return tuple(axis_classes(axis, length, *tile) for axis, length, tile in axes)
+
+
 def axis_classes(
     axis: AxisNeighborhood, length: int, tile: int, split_edges: bool
 ) -> tuple[TileClass, ...]:
@@ -117,7 +99,7 @@ def axis_classes(
         False: one class per tile length (one in all, or two where the dilation does not divide the length).
     """
     classes: dict[tuple, list[_Tile]] = {}
-    for region in _regions(axis, length, tile, split_edges):
+    for region in regions(axis, length, tile, split_edges):
         for one in _tiles(axis, region):
             classes.setdefault(one.signature, []).append(one)
     pools = list(classes.values())
@@ -129,88 +111,7 @@ def axis_classes(
     return tuple(_merge(tiles) for tiles in by_length.values())
 
 
-def axis_outline(axis: AxisNeighborhood, length: int, tile: int, split_edges: bool) -> Outline:
-    """The outline of `axis_classes` with the same arguments."""
-    boxes: dict[int, list[np.ndarray]] = {}
-    for region in _regions(axis, length, tile, split_edges):
-        first, _ = axis.keys(region.start, region.group)
-        _, end = axis.keys(region.start + region.length - 1, region.group)
-        boxes.setdefault(region.length, []).append(np.tile(end - first, len(region.residues)))
-    joined = {rows: np.concatenate(parts) for rows, parts in boxes.items()}
-    if not split_edges:
-        joined = {rows: np.full_like(box, np.max(box)) for rows, box in joined.items()}
-    return Outline(
-        rows=tuple(joined),
-        count=tuple(len(box) for box in joined.values()),
-        box=tuple(float(np.mean(box)) for box in joined.values()),
-        num_classes=min(MAX_CLASSES, sum(len(np.unique(box)) for box in joined.values())),
-        is_uniform=split_edges or all(len(box) == 1 for box in joined.values()),
-    )
-
-
-def slab_outline(
-    axis: AxisNeighborhood, length: int, rows: int, columns: int, tile: int
-) -> Outline:
-    """The outline of `slab_class`: `rows` and `columns` are the slabs' tokens per dilation group."""
-    tile = min(tile, rows)
-    box = min(columns, axis.longest_outer(tile, -(-length // axis.dilation)))
-    return Outline((tile,), (-(-rows // tile) * axis.dilation,), (float(box),), 1, False)
-
-
-def _regions(
-    axis: AxisNeighborhood, length: int, tile: int, split_edges: bool
-) -> Iterator[_Region]:
-    """The queries of every dilation group, cut where windows stop being clamped, then into tiles."""
-    for residues, group in _equal_groups(length, axis.dilation):
-        for begin, stop in _cuts(axis, group, split_edges):
-            first, end = axis.keys(np.asarray([begin, stop - 1]), group)
-            balance = axis.stride == 1 or (first[0] == first[1] and end[0] == end[1])
-            yield _region(begin, stop, tile, bool(balance), group, residues)
-
-
-def _equal_groups(length: int, dilation: int) -> list[tuple[range, int]]:
-    """Dilation groups by length: (residues, group length). At most two lengths exist."""
-    longer = length % dilation
-    groups = [
-        (range(0, longer), length // dilation + 1),
-        (range(longer, dilation), length // dilation),
-    ]
-    return [(residues, group) for residues, group in groups if len(residues) and group]
-
-
-def _cuts(axis: AxisNeighborhood, group: int, split_edges: bool) -> list[tuple[int, int]]:
-    """Regions `[begin, stop)`: the edges, whose windows are clamped to the group's ends, and the interior."""
-    if not split_edges:
-        return [(0, group)]
-    first, end = axis.keys(np.arange(group), group)
-    low = int(np.count_nonzero(first == 0))
-    high = group if axis.is_causal else max(low, group - int(np.count_nonzero(end == group)))
-    if axis.stride == 1 and low < high < group:
-        # Equal edges share one class; the one query more of an even window's left edge joins the interior.
-        edge = min(low, group - high)
-        low, high = edge, group - edge
-    regions = [(0, low), (low, high), (high, group)]
-    return [(begin, stop) for begin, stop in regions if begin < stop]
-
-
-def _region(
-    begin: int, stop: int, tile: int, balance: bool, group: int, residues: range
-) -> _Region:
-    """Tiles over `[begin, stop)`; the last one ends at `stop` and may overlap the one before.
-
-    Balanced tiles are as equal as can be; else they keep their length, a multiple of the stride in the best case.
-    """
-    size = stop - begin
-    tile = min(tile, size)
-    count = -(-size // tile)
-    if balance:
-        tile = -(-size // count)
-    wanted = begin + tile * np.arange(count)
-    start = np.minimum(wanted, stop - tile)
-    return _Region(tile, start, wanted - start, group, residues)
-
-
-def _tiles(axis: AxisNeighborhood, region: _Region) -> Iterator[_Tile]:
+def _tiles(axis: AxisNeighborhood, region: Region) -> Iterator[_Tile]:
     query = region.start[:, None] + np.arange(region.length)  # [n, length]
     first, end = axis.keys(query, region.group)
     box_start = first.min(axis=1)

@@ -16,19 +16,22 @@ import numpy as np
 
 from gna_jax.backends.xla.tile import Tile, is_uniform
 from gna_jax.backends.xla.tile_classes import TileClass
+from gna_jax.problem import Problem
+from gna_jax.simulator import query_box_cost
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TileGroup:
     """G tiles of one combination of classes. `index` holds their numbers per axis, `[G]` each.
 
-    `is_real` `[G]` is False for tiles that repeat another to fill the last group; None: all are real.
-    `shared_seen` `[1, columns, rows]` is the mask where all tiles have the same; None: each its own.
+    `is_real` `[G]` is False for tiles that repeat another to fill the last group; None: all are real. `rows_first` says how
+    scores lie: `[.., rows, columns]` or `[.., columns, rows]`; `shared_seen` is the mask `[1, ..]` of all tiles if they share one.
     """
 
     classes: tuple[TileClass, ...]
     index: tuple[jax.Array, ...]
     is_real: jax.Array | None
+    rows_first: bool
     shared_seen: jax.Array | None
 
     @property
@@ -60,10 +63,10 @@ class TileGroup:
         return self.map(lambda tile: tile.read_keys(tokens))
 
     def seen(self) -> jax.Array:
-        """`[G or 1, columns, rows]` bool: is the column seen by the row? Written out: see `_seen`."""
+        """`[G or 1, ..]` bool, as scores lie: is the column seen by the row? Written out: see `_seen`."""
         if self.shared_seen is not None:
             return self.shared_seen
-        return _seen(self.map(lambda tile: tile.mask()))
+        return _seen(self.map(lambda tile: tile.mask()), self.rows_first)
 
     def owned_rows(self) -> jax.Array | None:
         """`[G, rows]` bool: rows that each tile answers for; None where that is all of them."""
@@ -106,22 +109,31 @@ class TileGroup:
         return Tile(self.classes, tuple(index[n] for index in self.index))
 
 
-def _seen(masks: jax.Array) -> jax.Array:
-    """Masks `[.., rows, columns]` as scores lie, `[.., columns, rows]`, in memory.
+def _seen(masks: jax.Array, rows_first: bool) -> jax.Array:
+    """Masks `[.., rows, columns]` as scores lie, in memory.
 
     Without the barrier XLA recomputes an entry from the axes' intervals wherever scores are touched, and that index
     arithmetic keeps the whole pass over the scores from being vectorised.
     """
-    return jax.lax.optimization_barrier(jnp.swapaxes(masks, -1, -2))
+    return jax.lax.optimization_barrier(masks if rows_first else jnp.swapaxes(masks, -1, -2))
 
 
-def _shared_seen(classes: tuple[TileClass, ...]) -> jax.Array | None:
+def _shared_seen(classes: tuple[TileClass, ...], rows_first: bool) -> jax.Array | None:
     """The mask that all tiles of the classes share, built once before their loop; None if they differ or are full."""
     if all(c.is_full for c in classes):
         return None
     if not all(is_uniform(c.first) and is_uniform(c.end) for c in classes):
         return None
-    return _seen(Tile(classes, (0,) * len(classes)).mask()[None])
+    return _seen(Tile(classes, (0,) * len(classes)).mask()[None], rows_first)
+
+
+def tiles_per_step(problem: Problem, classes: tuple[TileClass, ...]) -> int:
+    """How many tiles of these classes one loop step takes: as many as the scores' share of the cache holds."""
+    rows = math.prod(c.query_length for c in classes) * problem.heads_per_kv
+    columns = math.prod(c.box_length for c in classes)
+    heads = problem.batch * problem.kv_heads
+    bytes_of_scores = rows * columns * heads * problem.accumulator.itemsize
+    return max(1, query_box_cost.rates(problem).scratch_bytes // bytes_of_scores)
 
 
 def loops(axes: Sequence[Sequence[TileClass]]) -> Iterator[tuple[TileClass, ...]]:
@@ -130,13 +142,17 @@ def loops(axes: Sequence[Sequence[TileClass]]) -> Iterator[tuple[TileClass, ...]
 
 
 def for_each_group(
-    classes: tuple[TileClass, ...], size: int, body: Callable[[TileGroup, Any], Any], carry: Any
+    classes: tuple[TileClass, ...],
+    size: int,
+    rows_first: bool,
+    body: Callable[[TileGroup, Any], Any],
+    carry: Any,
 ) -> Any:
     """`carry = body(group, carry)` over all tiles of a combination of classes, about `size` at a time, row-major."""
     total = math.prod(c.num_tiles for c in classes)
     steps = -(-total // min(size, total))
     size = -(-total // steps)
-    shared_seen = _shared_seen(classes)
+    shared_seen = _shared_seen(classes, rows_first)
 
     def step(number: Any, carry: Any) -> Any:
         tiles = number * np.int32(size) + np.arange(size, dtype=np.int32)
@@ -145,7 +161,8 @@ def for_each_group(
         for c in reversed(classes):
             index.insert(0, rest % c.num_tiles)
             rest = rest // c.num_tiles
-        return body(TileGroup(classes, tuple(index), is_real, shared_seen), carry)
+        group = TileGroup(classes, tuple(index), is_real, rows_first, shared_seen)
+        return body(group, carry)
 
     if steps == 1:
         return step(np.int32(0), carry)

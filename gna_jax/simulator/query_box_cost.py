@@ -1,4 +1,6 @@
-"""How many queries a tile of the XLA backend takes on each axis: the tile shape with the least predicted time.
+"""How many queries a tile that reads its key box whole takes on each axis: the shape with the least predicted time.
+
+This is the xla backend's choice of tiles, and its prediction of time.
 
 A tile of T queries reads a box of about (T + window - 1) keys per axis: small tiles waste little of the box, large
 tiles multiply bigger matrices and start fewer loop steps. Predicted time of a tile, per batch entry and key/value
@@ -8,7 +10,7 @@ head, with S keys in the box, M rows (queries x heads sharing a key), H and V th
 
 The constants of a CPU are fitted to timings of `benchmarks/cpu.py`'s cases with several tile shapes on a 2-core AVX-512 machine
 (docs/deep-dives/xla.md); elsewhere they are orders of magnitude that keep the number of steps low. Geometry comes from
-`tile_classes`.
+`query_boxes`.
 """
 
 import dataclasses
@@ -16,15 +18,9 @@ import functools
 import itertools
 import math
 
-from gna_jax.backends.xla.tile_classes import (
-    Outline,
-    TileClass,
-    axis_classes,
-    axis_outline,
-    slab_outline,
-)
 from gna_jax.neighborhood import AxisNeighborhood
 from gna_jax.problem import Problem
+from gna_jax.simulator.query_boxes import Outline, axis_outline, slab_outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +55,7 @@ CPU = Rates(120.0, 48.0, 16, 1.0, 4.0, 0.4, 100e3, 2e6, 1 << 20, 24 << 20)
 ACCELERATOR = Rates(20e3, 64.0, 64, 0.01, 0.01, 0.002, 200e3, 2e6, 64 << 20, 512 << 20)
 
 Axes = tuple[tuple[int, bool], ...]
-"""Per axis: queries per tile, and whether to keep edge tiles apart (`axis_classes`)."""
+"""Per axis: queries per tile, and whether to keep edge tiles apart (`query_boxes`)."""
 
 
 def choose_tiles(problem: Problem, backward: bool) -> Axes:
@@ -67,22 +63,8 @@ def choose_tiles(problem: Problem, backward: bool) -> Axes:
     return _search(_without_scale(problem), backward)
 
 
-def build_classes(problem: Problem, tiles: Axes) -> tuple[tuple[TileClass, ...], ...]:
-    """The tile classes of a whole volume, per axis."""
-    axes = zip(problem.neighborhood.axes, problem.global_layout, tiles, strict=True)
-    return tuple(axis_classes(axis, length, *tile) for axis, length, tile in axes)
-
-
-def tiles_per_step(problem: Problem, classes: tuple[TileClass, ...]) -> int:
-    """How many tiles of these classes one loop step takes: as many as the scores' share of the cache holds."""
-    rows = math.prod(c.query_length for c in classes) * problem.heads_per_kv
-    columns = math.prod(c.box_length for c in classes)
-    heads = problem.batch * problem.kv_heads
-    bytes_of_scores = rows * columns * heads * problem.accumulator.itemsize
-    return max(1, _rates(problem).scratch_bytes // bytes_of_scores)
-
-
-def _rates(problem: Problem) -> Rates:
+def rates(problem: Problem) -> Rates:
+    """The rates of the problem's device."""
     return CPU if problem.device.platform == "cpu" else ACCELERATOR
 
 
@@ -159,13 +141,13 @@ def _cached_outline(rule: AxisNeighborhood, length: int, tile: int, split_edges:
 
 def _time(problem: Problem, outlines: list[Outline], backward: bool) -> float:
     """Predicted nanoseconds of one pass over all tiles."""
-    rates = _rates(problem)
+    device = rates(problem)
     heads = problem.batch * problem.kv_heads
     dims = problem.head_dim + problem.value_dim
     flops = 2 * (dims if not backward else 2 * dims + problem.head_dim)
     passes = 2.0 if backward else 1.0
     itemsize = problem.accumulator.itemsize
-    total = rates.loop_ns * math.prod(outline.num_classes for outline in outlines)
+    total = device.loop_ns * math.prod(outline.num_classes for outline in outlines)
     is_uniform = all(outline.is_uniform for outline in outlines)
     combinations = itertools.product(
         *(list(zip(o.rows, o.count, o.box, strict=True)) for o in outlines)
@@ -174,16 +156,16 @@ def _time(problem: Problem, outlines: list[Outline], backward: bool) -> float:
         rows = math.prod(rows for rows, _, _ in combination) * problem.heads_per_kv
         tiles = math.prod(count for _, count, _ in combination)
         columns = math.prod(box for _, _, box in combination) + problem.num_additional
-        padded = -(-rows // rates.vector) * rates.vector
-        rate = rates.flops * rows / (padded + rates.half_rows)
-        score = rates.score_ns * passes
+        padded = -(-rows // device.vector) * device.vector
+        rate = device.flops * rows / (padded + device.half_rows)
+        score = device.score_ns * passes
         if not is_uniform:
-            score += rates.mask_ns * passes
+            score += device.mask_ns * passes
         scratch = heads * rows * columns * itemsize
-        if scratch > rates.cache_bytes:
+        if scratch > device.cache_bytes:
             score *= 2
         tile = columns * rows * (flops / rate + score)
-        tile += columns * dims * rates.move_ns * 2 * passes
-        steps = math.ceil(tiles / max(1, rates.scratch_bytes // scratch))
-        total += tiles * heads * tile + steps * rates.step_ns * passes
+        tile += columns * dims * device.move_ns * 2 * passes
+        steps = math.ceil(tiles / max(1, device.scratch_bytes // scratch))
+        total += tiles * heads * tile + steps * device.step_ns * passes
     return total
