@@ -5,12 +5,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from gna_jax import backends
 from gna_jax.attention import as_operands, check_tiles, problem_of
 from gna_jax.device import DeviceSpec
 from gna_jax.neighborhood import Flags, Sizes
 from gna_jax.problem import Problem
+from gna_jax.simulator import Simulation, best_tiles, predict, predict_dense, tile_budget
+from gna_jax.simulator.cost import duration
 from gna_jax.simulator.counts import attended_pairs
+from gna_jax.simulator.devices import is_known
 from gna_jax.tiling import Tiles
 
 
@@ -25,6 +30,11 @@ class Explanation:
       masked_share: share of the computed query-key pairs that pass through a mask.
       useful_share: share of the computed query-key pairs that attend to each other.
       dense_share: computed pairs over those of dense attention on the layout.
+      predicted: predicted seconds of the forward; None where the cost model knows nothing of this implementation here.
+      predicted_kernel: on a GPU that the cost model knows, predicted seconds of a GPU kernel with the best tiles, whether or
+        not one runs; None elsewhere.
+      predicted_dense: predicted seconds of dense attention on the same tokens, by good GPU kernels, or on a CPU by this
+        package's own backend; None where nothing is known.
       problem: shapes, dtype, geometry and device the answer is for.
     """
 
@@ -34,6 +44,9 @@ class Explanation:
     masked_share: float
     useful_share: float
     dense_share: float
+    predicted: float | None
+    predicted_kernel: float | None
+    predicted_dense: float | None
     problem: Problem
 
     def __str__(self) -> str:
@@ -49,9 +62,24 @@ class Explanation:
             f"  tiles     {_tiles(self.tiles)}",
             f"  pairs     {self.dense_share:.2%} of dense attention computed;"
             f" {self.useful_share:.1%} of those are attended, {self.masked_share:.1%} pass a mask",
+            f"  forward   {self._times()}",
         ]
-        lines += [f"  not {name:<9} {reason}" for name, reason in self.reasons]
+        names_of: dict[str, list[str]] = {}
+        for name, reason in self.reasons:
+            names_of.setdefault(reason, []).append(name)
+        lines += [f"  not {', '.join(names)}: {reason}" for reason, names in names_of.items()]
         return "\n".join(lines)
+
+    def _times(self) -> str:
+        own = f"{duration(self.predicted or 0)} predicted"
+        if self.predicted is None:
+            own = f"no prediction for {self.implementation} on this device"
+        if self.predicted_dense is None:
+            return own
+        dense = f"dense attention {duration(self.predicted_dense)}"
+        if self.predicted_kernel is None:
+            return f"{own}; {dense}"
+        return f"{own}; a GPU kernel {duration(self.predicted_kernel)} predicted, {dense}"
 
 
 def explain(
@@ -112,8 +140,53 @@ def explain(
         masked_share=work.masked_pairs / work.computed_pairs,
         useful_share=attended / work.computed_pairs,
         dense_share=work.computed_pairs / math.prod(problem.global_layout) ** 2,
+        predicted=work.seconds,
+        predicted_kernel=_kernel_seconds(problem),
+        predicted_dense=_dense_seconds(problem),
         problem=problem,
     )
+
+
+def _kernel_seconds(problem: Problem) -> float | None:
+    if not _is_modelled_gpu(problem):
+        return None
+    budget = tile_budget(problem.device)
+    tiles = best_tiles(
+        problem.neighborhood,
+        problem.global_layout,
+        budget.q_elements,
+        budget.kv_elements,
+        budget.dynamic,
+        additional_keys=problem.num_additional,
+    )
+    simulation = Simulation.of(
+        problem.neighborhood, problem.global_layout, tiles, problem.num_additional
+    )
+    return predict(simulation, **_call(problem)).seconds
+
+
+def _dense_seconds(problem: Problem) -> float | None:
+    if problem.device.platform != "cpu" and not _is_modelled_gpu(problem):
+        return None
+    additional = problem.num_additional
+    dense = predict_dense(problem.global_layout, additional_keys=additional, **_call(problem))
+    return dense.seconds
+
+
+def _is_modelled_gpu(problem: Problem) -> bool:
+    return is_known(problem.device) and problem.dtype != np.float64
+
+
+def _call(problem: Problem) -> dict[str, Any]:
+    """The cost model's arguments; it knows one head dim, and products cost by the sum of both."""
+    return {
+        "batch": problem.batch,
+        "heads": problem.query_heads,
+        "kv_heads": problem.kv_heads,
+        "head_dim": (problem.head_dim + problem.value_dim + 1) // 2,
+        "dtype": problem.dtype.name,
+        "device": problem.device,
+    }
 
 
 def _by(sizes: Sequence[int]) -> str:

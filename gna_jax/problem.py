@@ -97,11 +97,13 @@ class Workload:
       tiles: query (and key) tiles it uses, forward and backward; None where it has none.
       computed_pairs: query-key pairs whose score it computes.
       masked_pairs: those of them that pass through a mask.
+      seconds: predicted time of the forward, for all samples and heads; None where nothing is known.
     """
 
     tiles: Tiles | None
     computed_pairs: int
     masked_pairs: int
+    seconds: float | None
 
 
 def describe(

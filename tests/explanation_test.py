@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gna_jax
+from gna_jax.simulator import best_tiles, predict, predict_dense, simulate
 
 
 def _shape(layout, heads=2, dim=16, dtype=jnp.float32):
@@ -50,7 +51,8 @@ def test_prints_what_a_person_asks_for():
         "causal axes [0]",
     ):
         assert part in text
-    assert "not mosaic" in text and "%" in text
+    assert "not cutlass, mosaic, triton: GPU kernels" in text and "%" in text
+    assert "no prediction for xla on this device; a GPU kernel" in text
 
 
 def test_is_frozen_and_takes_arrays():
@@ -67,3 +69,21 @@ def test_raises_what_gna_raises():
         gna_jax.explain(x, x, x, window_size=10)
     with pytest.raises(NotImplementedError, match="not part of this version"):
         gna_jax.explain(x, x, x, window_size=3, implementation="mosaic")
+
+
+def test_times_are_those_of_the_cost_model():
+    x = _shape((30, 48, 80), heads=24, dim=128, dtype=jnp.bfloat16)
+    rule = {"window_size": (18, 24, 24), "stride": (16, 8, 8)}
+    told = gna_jax.explain(x, x, x, device="b200", **rule)
+    tiles = best_tiles(told.problem.neighborhood, (30, 48, 80), 256, 128, dynamic=True)
+    kernel = simulate((30, 48, 80), q_tile=tiles.q, kv_tile=tiles.kv, dynamic=True, **rule)
+    call = {"heads": 24, "head_dim": 128, "device": "b200"}
+    assert told.predicted is None
+    assert told.predicted_kernel == predict(kernel, **call).seconds
+    assert told.predicted_dense == predict_dense((30, 48, 80), **call).seconds
+    on_cpu = gna_jax.explain(x, x, x, device="cpu", **rule)
+    assert on_cpu.predicted_kernel is None and 0 < on_cpu.predicted < on_cpu.predicted_dense
+    unknown = gna_jax.DeviceSpec("Abacus", "cuda")
+    told = gna_jax.explain(x, x, x, device=unknown, **rule)
+    assert (told.predicted, told.predicted_kernel, told.predicted_dense) == (None, None, None)
+    assert "no prediction for xla" in str(told)

@@ -78,4 +78,4 @@ def supports(problem: Problem, tiles: Tiles | None) -> str | None:
 def workload(problem: Problem, tiles: Tiles | None) -> Workload:
     """Every pair of tokens, all masked."""
     pairs = math.prod(problem.query_layout) * math.prod(problem.key_layout)
-    return Workload(tiles, pairs, pairs)
+    return Workload(tiles, pairs, pairs, seconds=None)

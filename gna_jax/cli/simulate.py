@@ -13,6 +13,7 @@ from gna_jax.cli import arguments
 from gna_jax.cli.arguments import by, one_or_per_axis, per_axis, plain_errors
 from gna_jax.simulator import PRESETS, Candidate, Preset, best_tiles, search
 from gna_jax.simulator.budgets import TileBudget, tile_budget
+from gna_jax.simulator.cost import duration
 from gna_jax.simulator.estimate import Estimate, Setting, estimate
 from gna_jax.simulator.simulation import Simulation
 
@@ -275,8 +276,8 @@ def _table(title: str, rows: tuple[Estimate, ...]) -> Table:
         "worst": [f"{row.worst_tile_speedup:.2f}x" for row in rows],
         "masked": [f"{row.masked_tile_share:.0%}" for row in rows],
         "padding": [f"{row.padded_share:.0%}" for row in rows],
-        "time": [_milliseconds(row.seconds) for row in rows],
-        "dense": [_milliseconds(row.dense_seconds) for row in rows],
+        "time": [duration(row.seconds) for row in rows],
+        "dense": [duration(row.dense_seconds) for row in rows],
         "faster": [f"{row.predicted_speedup:.2f}x" for row in rows],
         "binds": [row.bound for row in rows],
     }
@@ -288,7 +289,3 @@ def _table(title: str, rows: tuple[Estimate, ...]) -> Table:
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     return table
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"

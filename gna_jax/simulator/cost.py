@@ -20,7 +20,7 @@ from gna_jax.neighborhood import WHOLE_GROUP, Neighborhood
 from gna_jax.problem import Problem
 from gna_jax.simulator import roofline
 from gna_jax.simulator.devices import DeviceRates, device_rates
-from gna_jax.simulator.query_box_cost import Axes, choose_tiles, predicted_ns, rates
+from gna_jax.simulator.query_box_cost import Axes, choose_tiles, predicted_time
 from gna_jax.simulator.query_boxes import axis_outline
 from gna_jax.simulator.roofline import Call, Direction, Kernel, Masks
 from gna_jax.simulator.simulation import Simulation, layout_of
@@ -291,44 +291,43 @@ def _problem(
 
 
 def _on_cpu(problem: Problem, tiles: Axes, call: Call, useful: int) -> Prediction:
-    """`predicted_ns` without what it charges for compiling, and about what share of it each resource has."""
-    on, is_backward = rates(problem), call.direction == "backward"
-    axes = zip(problem.neighborhood.axes, problem.global_layout, tiles, strict=True)
-    outlines = [axis_outline(axis, length, *tile) for axis, length, tile in axes]
-    compiling = on.loop_ns * math.prod(outline.num_classes for outline in outlines)
-    seconds = (predicted_ns(problem, tiles, is_backward) - compiling) * 1e-9
-    count = rows = boxes = pairs = 1.0
-    for outline in outlines:
-        n, r, box = (np.array(numbers) for numbers in (outline.count, outline.rows, outline.box))
-        count, rows, boxes, pairs = (
-            count * n.sum(),
-            rows * (n @ r),
-            boxes * (n @ box),
-            pairs * (n * r @ box),
-        )
-    pairs = (pairs + rows * problem.num_additional) * call.batch * call.heads
-    boxes = (boxes + count * problem.num_additional) * call.batch * call.kv_heads
-    per_tile = rows / count * problem.heads_per_kv
-    padded = -(-per_tile // on.vector) * on.vector
-    products = FUSED_BACKWARD_PRODUCTS if is_backward else FORWARD_PRODUCTS
-    flops, passes = 2 * products * call.head_dim, 2 if is_backward else 1
-    is_uniform = all(outline.is_uniform for outline in outlines)
+    """The xla backend's own prediction; its parts follow one another, so their sum is the time."""
+    is_backward = call.direction == "backward"
+    time = predicted_time(problem, tiles, is_backward)
     parts = {
-        "mma": pairs * flops * (padded + on.half_rows) / (on.flops * per_tile),
-        "exp": pairs * on.score_ns * passes,
-        "mask": 0.0 if is_uniform else pairs * on.mask_ns * passes,
+        "mma": time.products,
+        "exp": time.scores,
+        "mask": time.masks,
         "l2": 0.0,
-        "hbm": boxes * 2 * call.head_dim * on.move_ns * 2 * passes,
+        "hbm": time.moves,
+        "launch": time.steps,
     }
-    parts = {name: part * 1e-9 for name, part in parts.items()}
-    parts["launch"] = max(0.0, seconds - sum(parts.values()))  # and whatever else there is
+    axes = zip(problem.neighborhood.axes, problem.global_layout, tiles, strict=True)
+    pairs = 1.0
+    for axis, length, tile in axes:
+        outline = axis_outline(axis, length, *tile)
+        sizes = zip(outline.rows, outline.count, outline.box, strict=True)
+        pairs *= sum(rows * count * box for rows, count, box in sizes)
+    pairs += math.prod(problem.global_layout) * problem.num_additional
+    products = FUSED_BACKWARD_PRODUCTS if is_backward else FORWARD_PRODUCTS
     return Prediction(
         device=problem.device.kind,
         direction=call.direction,
-        seconds=seconds,
-        resources=parts,
+        seconds=time.total * 1e-9,
+        resources={name: part * 1e-9 for name, part in parts.items()},
         waves=0.0,
         wave_loss=0.0,
         useful_flops=useful,
-        computed_flops=int(pairs * flops),
+        computed_flops=int(2 * products * pairs * call.head_dim * call.batch * call.heads),
     )
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: three digits, in ms below a second.
+
+    >>> duration(0.01234), duration(192.4)
+    ('12.3 ms', '192 s')
+    """
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"

@@ -132,6 +132,16 @@ RATES = {
 """Rates by the names of `gna_jax.device.KNOWN_DEVICES`."""
 
 
+def is_known(spec: DeviceSpec) -> bool:
+    """Whether `device_rates` knows the device."""
+    return _name_of(spec) is not None
+
+
+def _name_of(spec: DeviceSpec) -> str | None:
+    words = re.findall(r"[a-z]+[0-9]+", spec.kind.lower())
+    return next((word for word in words if word in RATES), None)
+
+
 def device_rates(spec: DeviceSpec) -> DeviceRates:
     """Rates of the GPU whose name is a word of `spec.kind`, with the SMs and shared memory that `spec` knows.
 
@@ -141,17 +151,17 @@ def device_rates(spec: DeviceSpec) -> DeviceRates:
     Raises:
       ValueError: for any other kind.
     """
-    for name in re.findall(r"[a-z]+[0-9]+", spec.kind.lower()):
-        if name in RATES:
-            rates = RATES[name]
-            known = dataclasses.replace(
-                rates.spec,
-                kind=spec.kind,
-                num_sms=spec.num_sms or rates.spec.num_sms,
-                smem_bytes=spec.smem_bytes or rates.spec.smem_bytes,
-            )
-            return dataclasses.replace(rates, spec=known)
-    raise ValueError(
-        f"the cost model knows the devices {sorted([*RATES, 'cpu'])}; got device kind {spec.kind!r};"
-        " name the most similar of them"
+    name = _name_of(spec)
+    if name is None:
+        raise ValueError(
+            f"the cost model knows the devices {sorted([*RATES, 'cpu'])}; got device kind {spec.kind!r};"
+            " name the most similar of them"
+        )
+    rates = RATES[name]
+    known = dataclasses.replace(
+        rates.spec,
+        kind=spec.kind,
+        num_sms=spec.num_sms or rates.spec.num_sms,
+        smem_bytes=spec.smem_bytes or rates.spec.smem_bytes,
     )
+    return dataclasses.replace(rates, spec=known)

@@ -68,10 +68,39 @@ def rates(problem: Problem) -> Rates:
     return CPU if problem.device.platform == "cpu" else ACCELERATOR
 
 
-def predicted_ns(problem: Problem, tiles: Axes, backward: bool) -> float:
+@dataclasses.dataclass(frozen=True)
+class BoxTime:
+    """Predicted nanoseconds of one pass over all tiles, by what they are spent on.
+
+    Attributes:
+      products: matrix products. scores: exponentials and reductions. masks: those built in the loop.
+      moves: reading boxes of keys and adding to them. steps: starting loop steps.
+      loops: how many loops there are, each of which has to be compiled.
+    """
+
+    products: float
+    scores: float
+    masks: float
+    moves: float
+    steps: float
+    loops: int
+
+    @property
+    def total(self) -> float:
+        """Nanoseconds of the pass; compiling it is not in it."""
+        return self.products + self.scores + self.masks + self.moves + self.steps
+
+
+def predicted_time(problem: Problem, tiles: Axes, backward: bool) -> BoxTime:
     """Predicted time of one pass with these tiles."""
     axes = range(problem.rank)
     return _time(problem, [_outline(problem, n, *tiles[n]) for n in axes], backward)
+
+
+def _penalised_ns(problem: Problem, tiles: Axes, backward: bool) -> float:
+    """What the search makes least: time of the pass, and something for every loop that is compiled."""
+    time = predicted_time(problem, tiles, backward)
+    return time.total + rates(problem).loop_ns * time.loops
 
 
 def _without_scale(problem: Problem) -> Problem:
@@ -101,10 +130,10 @@ def _descend(
 
             def time(size: int, n: int = n) -> float:
                 changed = (*tiles[:n], (size, tiles[n][1]), *tiles[n + 1 :])
-                return predicted_ns(problem, changed, backward)
+                return _penalised_ns(problem, changed, backward)
 
             tiles[n] = (min(sizes, key=time), tiles[n][1])
-        improved = predicted_ns(problem, tuple(tiles), backward)
+        improved = _penalised_ns(problem, tuple(tiles), backward)
         if improved >= best:
             return best, tuple(tiles)
         best = improved
@@ -139,16 +168,14 @@ def _cached_outline(rule: AxisNeighborhood, length: int, tile: int, split_edges:
     return axis_outline(rule, length, tile, split_edges)
 
 
-def _time(problem: Problem, outlines: list[Outline], backward: bool) -> float:
-    """Predicted nanoseconds of one pass over all tiles."""
+def _time(problem: Problem, outlines: list[Outline], backward: bool) -> BoxTime:
     device = rates(problem)
     heads = problem.batch * problem.kv_heads
     dims = problem.head_dim + problem.value_dim
     flops = 2 * (dims if not backward else 2 * dims + problem.head_dim)
     passes = 2.0 if backward else 1.0
-    itemsize = problem.accumulator.itemsize
-    total = device.loop_ns * math.prod(outline.num_classes for outline in outlines)
     is_uniform = all(outline.is_uniform for outline in outlines)
+    products = scores = masks = moves = steps = 0.0
     combinations = itertools.product(
         *(list(zip(o.rows, o.count, o.box, strict=True)) for o in outlines)
     )
@@ -157,15 +184,14 @@ def _time(problem: Problem, outlines: list[Outline], backward: bool) -> float:
         tiles = math.prod(count for _, count, _ in combination)
         columns = math.prod(box for _, _, box in combination) + problem.num_additional
         padded = -(-rows // device.vector) * device.vector
-        rate = device.flops * rows / (padded + device.half_rows)
-        score = device.score_ns * passes
-        if not is_uniform:
-            score += device.mask_ns * passes
-        scratch = heads * rows * columns * itemsize
-        if scratch > device.cache_bytes:
-            score *= 2
-        tile = columns * rows * (flops / rate + score)
-        tile += columns * dims * device.move_ns * 2 * passes
-        steps = math.ceil(tiles / max(1, device.scratch_bytes // scratch))
-        total += tiles * heads * tile + steps * device.step_ns * passes
-    return total
+        scratch = heads * rows * columns * problem.accumulator.itemsize
+        slower = 2 if scratch > device.cache_bytes else 1
+        pairs = tiles * heads * rows * columns
+        products += pairs * flops * (padded + device.half_rows) / (device.flops * rows)
+        scores += pairs * passes * device.score_ns * slower
+        masks += 0.0 if is_uniform else pairs * passes * device.mask_ns * slower
+        moves += tiles * heads * columns * dims * device.move_ns * 2 * passes
+        in_step = max(1, device.scratch_bytes // scratch)
+        steps += math.ceil(tiles / in_step) * device.step_ns * passes
+    loops = math.prod(outline.num_classes for outline in outlines)
+    return BoxTime(products, scores, masks, moves, steps, loops)
