@@ -10,7 +10,7 @@ import numpy as np
 from gna_jax import backends
 from gna_jax.attention import as_operands, check_tiles, problem_of
 from gna_jax.device import DeviceSpec
-from gna_jax.neighborhood import Flags, Sizes
+from gna_jax.neighborhood import Flags, Sizes, by
 from gna_jax.problem import Problem
 from gna_jax.simulator import Simulation, best_tiles, predict, predict_dense, tile_budget
 from gna_jax.simulator.cost import duration
@@ -55,9 +55,9 @@ class Explanation:
         causal = [n for n, flag in enumerate(rule.is_causal) if flag]
         lines = [
             f"{self.implementation} on {problem.device.kind}, {problem.dtype.name}",
-            f"  layout    {_by(problem.global_layout)} tokens, batch {problem.batch},"
+            f"  layout    {by(problem.global_layout)} tokens, batch {problem.batch},"
             f" {problem.query_heads} heads ({problem.kv_heads} key/value) x {problem.head_dim}",
-            f"  window    {_by(rule.window_size)}, stride {_by(rule.stride)}, dilation {_by(rule.dilation)}"
+            f"  window    {by(rule.window_size)}, stride {by(rule.stride)}, dilation {by(rule.dilation)}"
             + (f", causal axes {causal}" if causal else ""),
             f"  tiles     {_tiles(self.tiles)}",
             f"  pairs     {self.dense_share:.2%} of dense attention computed;"
@@ -189,18 +189,14 @@ def _call(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _by(sizes: Sequence[int]) -> str:
-    return "x".join(str(size) for size in sizes)
-
-
 def _tiles(tiles: Tiles | None) -> str:
     if tiles is None:
         return "none"
-    parts = [f"{_by(tiles.q)} queries"]
+    parts = [f"{by(tiles.q)} queries"]
     if tiles.kv is not None:
-        parts.append(f"{_by(tiles.kv)} keys")
+        parts.append(f"{by(tiles.kv)} keys")
     if tiles.backward_q is not None:
-        parts.append(f"backward {_by(tiles.backward_q)} queries")
+        parts.append(f"backward {by(tiles.backward_q)} queries")
     if tiles.backward_kv is not None:
-        parts.append(f"{_by(tiles.backward_kv)} keys")
+        parts.append(f"{by(tiles.backward_kv)} keys")
     return ", ".join(parts)

@@ -15,7 +15,7 @@ masks, plus `window_size=-1` (every key of the group) and `window_size=1` (only 
 import dataclasses
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 import jax
@@ -29,6 +29,11 @@ Flags = bool | SupportsIndex | Sequence[bool | SupportsIndex]
 """One bool, 0 or 1 for all axes, or one per axis."""
 WHOLE_GROUP = -1
 """`window_size` of an axis on which a query sees every key of its dilation group."""
+
+
+def by(sizes: Iterable[Any]) -> str:
+    """Sizes for people: `(30, 48, 80)` as `30x48x80`."""
+    return "x".join(str(int(size)) for size in sizes)
 
 
 def minimum(a: Any, b: Any) -> Any:

@@ -7,6 +7,7 @@ PROGRAM = """
 import jaxtyping
 jaxtyping.install_import_hook(["gna_jax"], "beartype.beartype")
 import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_disable_most_optimizations", True)
 from flax import nnx
 import gna_jax, gna_jax.attention, gna_jax.flax
 
@@ -20,11 +21,10 @@ def loss(q, k, v):
     return jnp.sum(gna_jax.gna(q, k, v, relative_position_bias=bias, **rule, **more))
 
 jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
-jax.vmap(jax.grad(loss))(q[None], k[None], v[None])
 print(gna_jax.explain(q, k, v, window_size=3))
 gna_jax.gna(np.asarray(q), k, v, window_size=np.int32(3), implementation="reference", return_lse=True)
-gna_jax.gna(q, k, v, window_size=3, tiles=gna_jax.Tiles((4, 4), None), implementation=["xla"])
-gna_jax.na2d(q, q, q, 3)
+gna_jax.explain(q, k, v, window_size=3, tiles=gna_jax.Tiles((4, 4), None), implementation=["xla"])
+gna_jax.na2d(q, q, q, 3, implementation="reference")
 slab = gna_jax.attention.slab_attention
 out, lse = slab(q[:, 2:5], q, q, jnp.asarray([2, 0]), [0, 0], global_layout=(9, 8), window_size=3)
 gna_jax.merge_attentions([out, out], (lse, lse))

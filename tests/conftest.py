@@ -15,7 +15,19 @@ if "xla_force_host_platform_device_count" not in flags:
 os.environ["XLA_FLAGS"] = flags
 
 import jax  # noqa: E402 (the variables above come first)
+import pytest  # noqa: E402
 
 # Between arrays, a silent broadcast over ranks or a silent change of dtype is a mistake in this package.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+OPTIMISED = {"xla_test", "poison_test", "memory_test"}
+"""Tests of the code that XLA makes. All others compile unoptimised, which takes two thirds of the time."""
+ALL_UNOPTIMISED = "GNA_JAX_TEST_UNOPTIMISED" in os.environ
+
+
+@pytest.fixture(autouse=True)
+def optimisation(request):
+    """Compile with or without XLA's optimisations."""
+    quickly = ALL_UNOPTIMISED or request.module.__name__ not in OPTIMISED
+    jax.config.update("jax_disable_most_optimizations", quickly)

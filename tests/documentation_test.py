@@ -49,6 +49,15 @@ def test_slab_example_runs():
     assert jnp.abs(names["out"] - whole[:, 8:12]).max() < 1e-5
 
 
+def test_choosing_a_window_prints_what_it_says(capsys):
+    (block,) = _code_blocks(ROOT / "docs/choosing-a-window.md")
+    exec(compile(block, "choosing-a-window.md", "exec"), {})
+    printed = capsys.readouterr().out
+    said = [line.split("  # ")[1] for line in block.splitlines() if "  # " in line]
+    assert len(said) == 2 and all(line in printed for line in said), printed
+    assert "of the sliding window's pairs are kept" in printed
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = page.read_text()

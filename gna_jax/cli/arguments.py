@@ -45,11 +45,6 @@ def one_or_per_axis(name: str, text: str) -> int | tuple[int, ...]:
     return values[0] if len(values) == 1 else values
 
 
-def by(sizes: tuple[int, ...]) -> str:
-    """`(30, 48, 80)` as `30x48x80`."""
-    return "x".join(str(size) for size in sizes)
-
-
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """The library's messages without a traceback: exit code 2 for bad input, 1 for what is legal and cannot be done here."""

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from gna_jax import pictures
 from gna_jax.cli import arguments
-from gna_jax.cli.arguments import by, one_or_per_axis, per_axis, plain_errors
+from gna_jax.cli.arguments import one_or_per_axis, per_axis, plain_errors
+from gna_jax.neighborhood import by
 from gna_jax.pictures.gallery import write_gallery
 
 draw = typer.Typer(

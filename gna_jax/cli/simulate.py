@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from gna_jax.cli import arguments
-from gna_jax.cli.arguments import by, one_or_per_axis, per_axis, plain_errors
+from gna_jax.cli.arguments import one_or_per_axis, per_axis, plain_errors
+from gna_jax.neighborhood import by
 from gna_jax.simulator import PRESETS, Candidate, Preset, best_tiles, search
 from gna_jax.simulator.budgets import TileBudget, tile_budget
 from gna_jax.simulator.cost import duration

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from gna_jax.neighborhood import Flags, Sizes
+from gna_jax.neighborhood import Flags, Sizes, by
 from gna_jax.pictures import palette
 from gna_jax.pictures.panels import heading
 from gna_jax.pictures.picture import DPI, TERMINAL_WIDTH, WIDTH, Picture, drawing
-from gna_jax.pictures.tokens import by, read_rule
+from gna_jax.pictures.tokens import read_rule
 from gna_jax.simulator.simulation import simulate
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 
-from gna_jax.neighborhood import Flags, Sizes, per_axis
+from gna_jax.neighborhood import Flags, Sizes, by, per_axis
 from gna_jax.pictures import palette
 from gna_jax.pictures.grid import GridPicture
 from gna_jax.pictures.palette import Kind, Mark
 from gna_jax.pictures.panels import Outline, Panel, plane_title, planes, rows_of
-from gna_jax.pictures.tokens import by, check_drawable, describe, read_rule
+from gna_jax.pictures.tokens import check_drawable, describe, read_rule
 from gna_jax.tiling import AxisWalk, QueryTilePlan
 
 KINDS = (

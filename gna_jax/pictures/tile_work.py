@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
-from gna_jax.neighborhood import Flags, Sizes, per_axis
+from gna_jax.neighborhood import Flags, Sizes, by, per_axis
 from gna_jax.pictures import palette
 from gna_jax.pictures.panels import (
     Panel,
@@ -25,7 +25,7 @@ from gna_jax.pictures.panels import (
     write_row,
 )
 from gna_jax.pictures.picture import TERMINAL_WIDTH, WIDTH, Picture, drawing
-from gna_jax.pictures.tokens import by, check_drawable, describe, read_rule
+from gna_jax.pictures.tokens import check_drawable, describe, read_rule
 from gna_jax.tiling import QueryTilePlan, key_walk
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from gna_jax.neighborhood import (
-    WHOLE_GROUP,
     AxisNeighborhood,
     Flags,
     Neighborhood,
     Sizes,
+    by,
     group_length,
     per_axis,
 )
@@ -107,8 +107,3 @@ def describe(rule: Neighborhood, layout: Sequence[int]) -> str:
     elif any(rule.is_causal):
         words.append(f"causal axis {', '.join(str(n) for n, c in enumerate(rule.is_causal) if c)}")
     return ", ".join(words)
-
-
-def by(sizes: Sequence[int]) -> str:
-    """Sizes joined by x: `"18x24x24"`; `WHOLE_GROUP` is "all"."""
-    return "x".join("all" if size == WHOLE_GROUP else str(size) for size in sizes)

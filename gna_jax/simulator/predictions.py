@@ -4,9 +4,8 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
 
-from gna_jax.neighborhood import Neighborhood
+from gna_jax.neighborhood import Neighborhood, by
 from gna_jax.simulator.cost import Prediction, predict, predict_dense
 from gna_jax.simulator.presets import PRESETS
 from gna_jax.simulator.roofline import Masks
@@ -110,16 +109,12 @@ def _row(run: PublishedTime) -> tuple[str, ...]:
     kernel, tiles, shell = "dense", "", ""
     if run.tiles is not None:
         stride = run.stride if isinstance(run.stride, tuple) else (run.stride,)
-        kernel = f"stride {_by(stride)}"
-        tiles = f"{_by(run.tiles.q)} / {_by(run.tiles.kv or ())}"
+        kernel = f"stride {by(stride)}"
+        tiles = f"{by(run.tiles.q)} / {by(run.tiles.kv or ())}"
         shell = f"{predict_published(run, 'shell').seconds * 1e3:.4g}"
     times = f"{run.seconds * 1e3:.4g}", f"{one.seconds * 1e3:.4g}"
     error, lost = f"{one.seconds / run.seconds - 1:+.0%}", f"{one.wave_loss:.0%}"
     return run.device, run.case, kernel, tiles, *times, error, one.bound, lost, shell
-
-
-def _by(sizes: Sequence[int | None]) -> str:
-    return "x".join(str(size) for size in sizes)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,10 @@ class Candidate:
         """As in `Simulation`."""
         return self.simulation.sparsity
 
+    def __str__(self) -> str:
+        """The simulation's lines, and the closeness."""
+        return f"{self.simulation}\n  closeness  {self.closeness:.2f} of the sliding window's pairs are kept"
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:

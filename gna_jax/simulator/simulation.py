@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gna_jax.neighborhood import Flags, Neighborhood, Sizes, per_axis
+from gna_jax.neighborhood import Flags, Neighborhood, Sizes, by, per_axis
 from gna_jax.simulator.counts import WalkCounts, attended_pairs, walk_counts
 from gna_jax.tiling import Tiles, tile_shape
 
@@ -181,6 +181,24 @@ class Simulation:
     def load_imbalance(self) -> float:
         """Visits of the worst Q tile over those of the mean one; 1.0 is perfect balance."""
         return self.worst_visits * self.forward.tiles / self.visits
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        rule, tiles = self.neighborhood, self.tiles
+        extra = f" + {self.additional_keys} keys" if self.additional_keys else ""
+        dilation = f", dilation {by(rule.dilation)}" if set(rule.dilation) != {1} else ""
+        causal = f", causal {by(rule.is_causal)}" if any(rule.is_causal) else ""
+        kind = "dynamic" if tiles.dynamic else "static"
+        return "\n".join(
+            (
+                f"{by(self.layout)} tokens{extra}, window {by(rule.window_size)}, stride {by(rule.stride)}{dilation}{causal}",
+                f"  sparsity   {self.sparsity:.2%}, at most {self.flop_speedup:.2f}x",
+                f"  tiles      {by(tiles.q)} queries, {by(tiles.kv or ())} keys, {kind}:"
+                f" {self.total_work_speedup:.2f}x by total work, {self.worst_tile_speedup:.2f}x by the worst tile",
+                f"  visits     {self.mean_visits:.1f} KV tiles per Q tile, most {self.worst_visits};"
+                f" {self.masked_tile_share:.0%} masked, {self.padded_share:.0%} of the pairs padding",
+            )
+        )
 
     def _walk(self, backward: bool) -> WalkCounts:
         return walk_counts(

@@ -5,9 +5,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
 
-from gna_jax.neighborhood import WHOLE_GROUP, Neighborhood
+from gna_jax.neighborhood import WHOLE_GROUP, Neighborhood, by
 from gna_jax.simulator.presets import PRESETS
 from gna_jax.simulator.published import natten_tiles
 from gna_jax.simulator.simulation import Simulation
@@ -59,11 +58,11 @@ class _Problem:
         """What every row opens with."""
         rule = self.neighborhood
         sizes = zip(rule.window_size, self.layout, strict=True)
-        window = _by(n if w == WHOLE_GROUP else w for w, n in sizes)
+        window = by(n if w == WHOLE_GROUP else w for w, n in sizes)
         if set(rule.dilation) != {1}:
-            window += f", dilation {_by(rule.dilation)}"
+            window += f", dilation {by(rule.dilation)}"
         limit = self.simulate(Tiles(q=(1,) * rule.rank, kv=(1,) * rule.rank)).flop_speedup
-        return ", ".join(self.names), _by(self.layout), window, f"{limit:.2f}"
+        return ", ".join(self.names), by(self.layout), window, f"{limit:.2f}"
 
 
 OPENING = ("preset", "layout", "window", "limit")
@@ -132,11 +131,7 @@ def _problems() -> tuple[_Problem, ...]:
 
 def _tiles_and_work(simulation: Simulation) -> tuple[str, str]:
     tiles = simulation.tiles
-    return f"{_by(tiles.q)} / {_by(tiles.kv or ())}", f"{simulation.total_work_speedup:.2f}"
-
-
-def _by(sizes: Iterator[int] | Sequence[int]) -> str:
-    return "x".join(str(size) for size in sizes)
+    return f"{by(tiles.q)} / {by(tiles.kv or ())}", f"{simulation.total_work_speedup:.2f}"
 
 
 def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
