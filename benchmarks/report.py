@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import CASES
+from predicted import predicted_seconds
 from rich.table import Table
 from rounds import Result
 from workers import GNA
@@ -23,6 +24,7 @@ METHOD = (
     "forward+backward gives the output and the gradients of sum(output * cotangent) by query, key and value.",
     "faster = median of the best peer / median of gna (the ratio of medians, not the median of ratios). The best peer may be"
     " torch SDPA dense, which attends to every token: another answer, the usual way out.",
+    "gna predicted: what the simulator's cost model says of gna, and how far that is from the measurement.",
     "jax masked: jax.nn.dot_product_attention with the dense mask. torch flex: torch.compile(flex_attention) with the block"
     " mask; torch has no backward for it on a CPU. torch SDPA masked: scaled_dot_product_attention with the bool mask.",
 )
@@ -123,9 +125,20 @@ def _tables(results: Sequence[Result]) -> Iterable[tuple[str, list[str], list[li
                     f"{best.peer} {_milliseconds(best.median)}" if best else "none",
                     "-" if math.isnan(gain) else f"{gain:.2f}x",
                     *(cells[peer] for peer in peers),
+                    _prediction(row),
                 ]
             )
-        yield f"{dtype} {direction}, ms", ["case", "best peer", "faster", *peers], rows
+        header = ["case", "best peer", "faster", *peers, "gna predicted"]
+        yield f"{dtype} {direction}, ms", header, rows
+
+
+def _prediction(row: Sequence[Result]) -> str:
+    """The cost model's time for gna and how far off it is."""
+    own = next(result for result in row if result.peer == GNA.name)
+    predicted = predicted_seconds(own.case, own.dtype, own.direction)
+    if not own.seconds:
+        return _milliseconds(predicted)
+    return f"{_milliseconds(predicted)} ({predicted / own.median - 1:+.0%})"
 
 
 def _markdown(results: Sequence[Result], run: Run) -> Iterable[str]:
