@@ -103,7 +103,7 @@ def test_bad_input_ends_with_code_2_and_says_the_rule(arguments, message):
 
 
 def processor_seconds(*command):
-    """Least processor time of two runs of a Python command, which a busy machine hardly stretches."""
+    """Least processor time of two runs of a Python command."""
     spent = []
     for _ in range(2):
         begin = os.times()
@@ -114,9 +114,10 @@ def processor_seconds(*command):
     return min(spent)
 
 
-def test_a_preset_takes_a_second_over_importing_jax():
+def test_a_preset_takes_little_over_importing_jax():
+    # A ratio, because a busy machine stretches processor time too; importing jax takes about 1.2 s on a quiet one.
     command = "-m", "gna_jax", "simulate", "--preset", "hunyuan-91"
-    assert processor_seconds(*command) < processor_seconds("-c", "import jax") + 1
+    assert processor_seconds(*command) < 1.6 * processor_seconds("-c", "import jax")
 
 
 DRAWINGS = {
