@@ -18,7 +18,7 @@ PYTEST = -m pytest -n 2 --dist worksteal
 # On the oldest jax: what could break with its version. Geometry, tiles, messages and reports are numpy and Python.
 CORE_TESTS = $(addprefix tests/,xla_test.py reference_test.py vjp_test.py sharding_test.py slab_test.py flax_test.py merge_test.py)
 
-.PHONY: help setup lint type test test-newest test-oldest test-all gpu demo bench wheel format clean
+.PHONY: help setup lint type test test-newest test-oldest test-kernels test-all gpu demo bench wheel format clean
 
 help: ## this list
 	@echo "gna_jax: make TARGET"
@@ -66,7 +66,12 @@ test-oldest: ## the core's tests on the oldest jax and Python, in .venv-oldest
 	@mkdir -p build
 	@GNA_JAX_TEST_UNOPTIMISED=1 $(OLDEST_VENV)/bin/python $(PYTEST) $(CORE_TESTS) $(PYTEST_ARGS) | tee build/pytest-oldest.log
 
-test-all: setup ## the tests and those marked slow
+test-kernels: setup ## GPU kernels without a GPU: values in jax's interpreter, resources from the compiler (needs ptxas)
+	@version=$$($(VENV)/bin/python -c 'import jaxlib; print(jaxlib.__version__)'); \
+	  $(VENV)/bin/python -m pip install --quiet --no-deps "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
+	@$(VENV)/bin/python $(PYTEST) -m kernel $(PYTEST_ARGS)
+
+test-all: setup ## the tests, those of the GPU kernels and those marked slow
 	@$(VENV)/bin/python $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
 gpu: ## the tests marked gpu, on this machine's GPU

@@ -1,0 +1,222 @@
+"""Which boxes a kernel's thread block reads: the static sizes, and the walk in closed form from scalars.
+
+Nothing is tabulated in memory: a block knows its tile by number, and computes from it the tile's place, the box of keys it
+walks and, for every step, the KV tile's place. Window rules and boxes come from `gna_jax.tiling`; what is added here is the
+order of steps: first the tiles that need no mask, then the shell around them. Ints work as well as traced int32.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gna_jax.neighborhood import group_length, maximum, minimum, where
+from gna_jax.problem import Problem
+from gna_jax.tiling import AxisWalk, key_walk
+
+
+@dataclasses.dataclass(frozen=True)
+class TilePlan:
+    """The static side of a forward kernel.
+
+    A Q tile is the job of a thread block; its `num_workers` warpgroups take a part of `part` tokens each, side by side on
+    axis `split_axis`.
+
+    Args:
+      problem: the call.
+      q_tile, kv_tile: tokens per axis.
+      num_workers: warpgroups that share a Q tile.
+      split_axis: the axis on which they share it.
+      stages: KV tiles in flight.
+    """
+
+    problem: Problem
+    q_tile: tuple[int, ...]
+    kv_tile: tuple[int, ...]
+    num_workers: int
+    split_axis: int
+    stages: int
+
+    @property
+    def part(self) -> tuple[int, ...]:
+        """Queries per axis of one warpgroup."""
+        return tuple(
+            size // self.num_workers if axis == self.split_axis else size
+            for axis, size in enumerate(self.q_tile)
+        )
+
+    @property
+    def rows(self) -> int:
+        """Queries of one warpgroup."""
+        return math.prod(self.part)
+
+    @property
+    def columns(self) -> int:
+        """Keys of a KV tile."""
+        return math.prod(self.kv_tile)
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """Dilation per axis."""
+        return self.problem.neighborhood.dilation
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Q tiles per axis of the longest dilation group."""
+        axes = zip(self.problem.global_layout, self.dilation, self.q_tile, strict=True)
+        return tuple(-(-group_length(length, d, 0) // tile) for length, d, tile in axes)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Warpgroup parts per axis of the longest dilation group."""
+        return tuple(
+            number * self.num_workers if axis == self.split_axis else number
+            for axis, number in enumerate(self.tiles)
+        )
+
+    @property
+    def num_tiles(self) -> int:
+        """Q tiles of all dilation groups of one head."""
+        return math.prod(self.tiles) * math.prod(self.dilation)
+
+    @property
+    def num_parts(self) -> int:
+        """Warpgroup parts of all dilation groups of one head."""
+        return self.num_tiles * self.num_workers
+
+    def lengths(self, residues: Sequence[Any]) -> tuple[Any, ...]:
+        """Tokens per axis of a dilation group: static ints on axes whose groups are all of one length."""
+        return tuple(
+            length // d if length % d == 0 else group_length(length, d, residue)
+            for length, d, residue in zip(
+                self.problem.global_layout, self.dilation, residues, strict=True
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TileWalk:
+    """One Q tile: its dilation group, its first query and the KV tiles it visits, without masks first.
+
+    Args:
+      residues: the group, per axis.
+      lengths: tokens of the group, per axis.
+      q_start: first query, per axis; past the end of a group that is shorter than the longest, where there is no work.
+      axes: the walk of every axis.
+      num_clean: visits that need no mask: every key is real and seen by every query.
+      num_visits: all visits; 0 for a tile without queries.
+    """
+
+    residues: tuple[Any, ...]
+    lengths: tuple[Any, ...]
+    q_start: tuple[Any, ...]
+    axes: tuple[AxisWalk, ...]
+    num_clean: Any
+    num_visits: Any
+
+    def clean_tile(self, step: Any) -> tuple[Any, ...]:
+        """First keys of clean visit number `step`, row-major."""
+        firsts, counts = zip(*map(clean_visits, self.axes), strict=True)
+        place = _digits(step, counts)
+        return self._starts(tuple(f + n for f, n in zip(firsts, place, strict=True)))
+
+    def shell_tile(self, step: Any) -> tuple[Any, ...]:
+        """First keys of shell visit number `step`."""
+        return self._starts(_shell_digits(step, self.axes))
+
+    def _starts(self, numbers: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(walk.start + n * walk.tile for walk, n in zip(self.axes, numbers, strict=True))
+
+
+def tile_walk(plan: TilePlan, tile: Any) -> TileWalk:
+    """The walk of Q tile number `tile`: dilation groups row-major, tiles of a group row-major."""
+    group, number = quotient_and_digit(tile, math.prod(plan.tiles))
+    residues, place = _digits(group, plan.dilation), _digits(number, plan.tiles)
+    lengths = plan.lengths(residues)
+    # A multiple of `tile`, so that starts are traced where the tile is: see `BoxPlace`.
+    q_start = tuple(0 * tile + n * size for n, size in zip(place, plan.q_tile, strict=True))
+    rules = zip(
+        plan.problem.neighborhood.axes, lengths, q_start, plan.q_tile, plan.kv_tile, strict=True
+    )
+    axes = tuple(
+        key_walk(axis, length, minimum(q, length - 1), q_tile=size, kv_tile=kv, dynamic=True)
+        for axis, length, q, size, kv in rules
+    )
+    is_empty = False
+    for q, length in zip(q_start, lengths, strict=True):
+        is_empty = is_empty | (q >= length)
+    visits = math.prod(walk.num_visits for walk in axes)
+    clean = math.prod(count for _, count in map(clean_visits, axes))
+    return TileWalk(
+        residues=residues,
+        lengths=lengths,
+        q_start=q_start,
+        axes=axes,
+        num_clean=where(is_empty, 0 * clean, clean),
+        num_visits=where(is_empty, 0 * visits, visits),
+    )
+
+
+def clean_visits(walk: AxisWalk) -> tuple[Any, Any]:
+    """First number and count of an axis's visits that need no mask: full, and without padding."""
+    first, end = walk.full
+    end = minimum(end, (walk.length - walk.start) // walk.tile)
+    return first, maximum(end - first, 0 * first)
+
+
+def part_number(plan: TilePlan, walk: TileWalk, start: Sequence[Any]) -> Any:
+    """Row-major number, among all parts of one head, of the part whose first query is `start`."""
+    number = 0
+    for residue, d in zip(walk.residues, plan.dilation, strict=True):
+        number = number * d + residue
+    for first, size, count in zip(start, plan.part, plan.parts, strict=True):
+        number = number * count + quotient_and_digit(first, size)[0]
+    return number
+
+
+def quotient_and_digit(number: Any, size: Any) -> tuple[Any, Any]:
+    """Quotient and remainder of a number that is not negative; of the static size 1 without arithmetic."""
+    if isinstance(size, int) and size == 1:
+        return number, 0
+    if isinstance(number, jax.Array) or isinstance(size, jax.Array):
+        quotient = lax.div(jnp.asarray(number, jnp.int32), jnp.asarray(size, jnp.int32))
+    else:
+        quotient = number // size
+    return quotient, number - quotient * size
+
+
+def _digits(number: Any, sizes: Sequence[Any]) -> tuple[Any, ...]:
+    """Row-major index of a number in a box of these sizes."""
+    digits = []
+    for size in reversed(sizes):
+        number, digit = quotient_and_digit(number, size)
+        digits.append(digit)
+    return tuple(reversed(digits))
+
+
+def _shell_digits(step: Any, axes: Sequence[AxisWalk]) -> tuple[Any, ...]:
+    """Visit numbers per axis of shell visit `step`: the box of all visits without the box of the clean ones.
+
+    Slices of the leading axis outside the clean range come first, whole; then those inside it, each with the shell of the
+    remaining axes.
+    """
+    walk, rest = axes[0], axes[1:]
+    first, count = clean_visits(walk)
+    if not rest:
+        return (where(step < first, step, step + count),)
+    in_slice = math.prod(other.num_visits for other in rest)
+    in_shell = in_slice - math.prod(n for _, n in map(clean_visits, rest))
+    outside = (walk.num_visits - count) * in_slice
+    is_outside = step < outside
+    whole, whole_rest = quotient_and_digit(step, in_slice)
+    # Never reached where the shell of the remaining axes is empty, but computed: keep the division defined.
+    inner, inner_rest = quotient_and_digit(step - outside, maximum(in_shell, 0 * in_shell + 1))
+    place = where(is_outside, where(whole < first, whole, whole + count), first + inner)
+    whole_digits = _digits(whole_rest, tuple(other.num_visits for other in rest))
+    shell_digits = _shell_digits(maximum(inner_rest, 0 * inner_rest), rest)
+    pairs = zip(whole_digits, shell_digits, strict=True)
+    return (place, *(where(is_outside, a, b) for a, b in pairs))

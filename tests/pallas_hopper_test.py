@@ -1,0 +1,300 @@
+"""The Hopper forward: values and lse in the interpreter against float64, resources from the compiler, no GPU needed."""
+
+import ast
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import gpu_compile
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from attention_suite import Case, case_1d, case_of, check_array, oracle
+from gpu_compile import Call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gna_jax.device import KNOWN_DEVICES
+from gna_jax.neighborhood import Neighborhood
+from gna_jax.problem import Operands, Problem, describe
+from gna_jax.tiling import Tiles
+from pallas_kernels import hopper_forward, hopper_limits, online_softmax
+from pallas_kernels.plan import tile_walk
+
+pytestmark = pytest.mark.kernel
+
+H200 = KNOWN_DEVICES["h200"]
+ON_H200 = jax.sharding.AbstractMesh(
+    (),
+    (),
+    abstract_device=jax.sharding.AbstractDevice(device_kind=H200.kind, platform="gpu", num_cores=8),
+)
+TOLERANCE = {np.dtype(ml_dtypes.bfloat16): 8e-3, np.dtype(np.float16): 1e-3}
+LSE = 1e-5  # float32, from exact products of 16-bit operands
+
+
+def operands_of(case: Case, dtype=ml_dtypes.bfloat16) -> Operands:
+    arrays = case.inputs(dtype)
+    return Operands(*(jnp.asarray(arrays[name]) for name in ("query", "key", "value")))
+
+
+def problem_of(case: Case, operands: Operands, device=H200) -> Problem:
+    rule = case.neighborhood
+    return describe(operands, rule, scale=case.scale, precision=None, device=device)
+
+
+def interpret(case: Case, operands: Operands, detect_races: bool = False):
+    """The kernel in the interpreter: out and lse."""
+    problem = problem_of(case, operands)
+    assert hopper_limits.supports(problem, case.tiles) is None
+    params = plgpu.InterpretGPUParams(detect_races=detect_races)
+    run = lambda operands: hopper_forward.forward(problem, operands, case.tiles, params)
+    with jax.sharding.use_abstract_mesh(ON_H200):
+        out, lse = jax.jit(run)(operands)
+        return np.asarray(out), np.asarray(lse)
+
+
+def check(case: Case, dtype=ml_dtypes.bfloat16, detect_races: bool = False) -> None:
+    operands = operands_of(case, dtype)
+    out, lse = interpret(case, operands, detect_races)
+    want = oracle(case, case.inputs(dtype), case.cotangents(np.float32))
+    assert out.dtype == dtype and lse.dtype == np.float32
+    check_array(out, want.out, TOLERANCE[np.dtype(dtype)], f"out {case!r}")
+    check_array(lse, want.lse, LSE, f"lse {case!r}")
+
+
+def draw(seed: int, max_copies: int = 1800) -> Case:
+    """A random call with tiles: ragged layouts, uneven groups, any mix of what the kernel takes.
+
+    `max_copies` bounds the rows that the interpreter copies one by one, and so its time.
+    """
+    rng = np.random.default_rng([9, seed])
+    while True:
+        case = propose(rng, seed)
+        plan, heads = (
+            hopper_limits.tile_plan(case.problem(), case.tiles),
+            case.query_heads * case.batch,
+        )
+        of_query, of_key = (
+            2 * heads * (math.prod(box[:-1]) * max(1, case.head_dim // 64) + 5)
+            for box in (plan.part, plan.kv_tile)
+        )
+        copies = plan.num_parts * (of_query + of_key)
+        if copies > max_copies:
+            continue
+        walks = [tile_walk(plan, tile) for tile in range(plan.num_tiles)]
+        copies += (sum(walk.num_visits for walk in walks) - plan.num_parts) * of_key
+        if copies <= max_copies:
+            return case
+
+
+def propose(rng: np.random.Generator, seed: int) -> Case:
+    pick = lambda *options: options[rng.integers(len(options))]
+    rank = 1 + seed % 3
+    longest = {1: 150, 2: 24, 3: 10}[rank]
+    layout = tuple(int(n) for n in rng.integers(longest // 2, longest + 1, rank))
+    dilation = tuple(int(pick(1, 1, 2, 3)) for _ in layout)
+    group = [length // d for length, d in zip(layout, dilation, strict=True)]
+    window = tuple(int(pick(-1, *rng.integers(1, n + 1, 4))) for n in group)
+    limit = [n if w == -1 else w for n, w in zip(group, window, strict=True)]
+    head_dim = int(pick(32, 64, 128))
+    tiles = Tiles(
+        q=shape(rng, int(pick(64, 128)), rank), kv=shape(rng, int(pick(16, 32, 64)), rank)
+    )
+    return Case(
+        layout,
+        window,
+        tuple(int(pick(1, rng.integers(1, w + 1))) for w in limit),
+        dilation,
+        tuple(bool(rng.integers(3) == 0) for _ in layout),
+        batch=int(pick(1, 1, 2)),
+        kv_heads=int(pick(1, 2)),
+        heads_per_kv=int(pick(1, 2)),
+        head_dim=head_dim,
+        value_dim=head_dim,
+        scale=pick(None, None, -0.2, 0.0),
+        tiles=tiles,
+        seed=seed,
+    )
+
+
+def shape(rng: np.random.Generator, elements: int, rank: int) -> tuple[int, ...]:
+    """A random power-of-two shape."""
+    cuts = sorted(rng.integers(0, int(math.log2(elements)) + 1, rank - 1).tolist())
+    ends = [0, *cuts, int(math.log2(elements))]
+    return tuple(2 ** (b - a) for a, b in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_random_cases(seed):
+    check(draw(seed), dtype=(ml_dtypes.bfloat16, np.float16)[seed % 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(9, 60))
+def test_many_random_cases(seed):
+    check(draw(seed), dtype=(ml_dtypes.bfloat16, np.float16)[seed % 2])
+
+
+WIDE = {"batch": 1, "heads_per_kv": 1, "head_dim": 64, "value_dim": 64}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # A dilation that does not divide, on the innermost axis too; two workers.
+        case_of((7, 21), (3, 6), dilation=(2, 3), **WIDE, tiles=Tiles(q=(8, 16), kv=(2, 8))),
+        # Boxes larger than the layout.
+        case_of((3, 2, 5), (2, 2, 3), **WIDE, tiles=Tiles(q=(4, 4, 8), kv=(4, 2, 8))),
+        # Blocked causal attention, ragged.
+        case_1d(100, 24, stride=24, is_causal=True, **WIDE, tiles=Tiles(q=(64,), kv=(32,))),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_chosen_cases_without_races(case):
+    check(case, detect_races=True)
+
+
+def test_clean_tiles_between_parts_of_the_shell():
+    case = case_of((20, 23), (11, 13), **WIDE, tiles=Tiles(q=(8, 8), kv=(2, 8)))
+    plan = hopper_limits.tile_plan(case.problem(), case.tiles)
+    walks = [tile_walk(plan, tile) for tile in range(plan.num_tiles)]
+    assert any(plan.stages < walk.num_clean < walk.num_visits for walk in walks)
+    check(case, detect_races=True)
+
+
+def test_keys_outside_the_window_do_not_matter():
+    """Finite changes of keys and values that a query does not see leave its bits alone."""
+    case = case_of((9, 20), (3, 5), **WIDE, tiles=Tiles(q=(4, 16), kv=(4, 8)))
+    operands = operands_of(case)
+    seen = case.neighborhood.mask(case.layout)[0, 0]
+    far = jnp.asarray(~seen)[None, :, :, None, None]
+    change = lambda array: jnp.where(far, array * 3 + 1, array)
+    changed = operands._replace(key=change(operands.key), value=change(operands.value))
+    for a, b in zip(interpret(case, operands), interpret(case, changed), strict=True):
+        np.testing.assert_array_equal(a[:, 0, 0].view(np.uint8), b[:, 0, 0].view(np.uint8))
+
+
+def test_rows_without_a_key_are_zero_and_free_of_nan():
+    scores = jnp.zeros((2, 4), jnp.float32)
+    mask = jnp.asarray([[False] * 4, [True, False, True, False]])
+    start = online_softmax.Softmax(
+        (jnp.zeros((2, 3)),), jnp.full((2,), online_softmax.LEAST), jnp.zeros((2,))
+    )
+    state, weights = online_softmax.update(start, scores, mask, 1.0)
+    np.testing.assert_array_equal(weights, [[0, 0, 0, 0], [1, 0, 1, 0]])
+    np.testing.assert_array_equal(state.total, [0, 2])
+    state, weights = online_softmax.update(state, scores, mask, 1.0)
+    np.testing.assert_array_equal(state.total, [0, 4])
+    assert np.isfinite(state.largest).all()
+
+
+GOOD = case_of((16, 16), (5, 5), **WIDE, tiles=Tiles(q=(8, 16), kv=(4, 16)))
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "device", "text"),
+    [
+        ({}, ml_dtypes.bfloat16, "b200", "compute capability 9.0"),
+        ({}, np.float32, "h200", "float32: cast"),
+        ({"head_dim": 48, "value_dim": 48}, ml_dtypes.bfloat16, "h200", "pad the heads to 64"),
+        ({"head_dim": 256, "value_dim": 256}, ml_dtypes.bfloat16, "h200", "got 256: use 'xla'"),
+        ({"value_dim": 32}, ml_dtypes.bfloat16, "h200", "value_dim=32"),
+        ({"tiles": Tiles(q=(8, 16), kv=None)}, ml_dtypes.bfloat16, "h200", "kv=None"),
+        ({"tiles": Tiles(q=(8, 16), kv=(4, 16), dynamic=False)}, np.float16, "h200", "dynamic"),
+        ({"tiles": Tiles(q=(8, 8, 2), kv=(4, 4, 4))}, np.float16, "h200", "2 sizes"),
+        ({"tiles": Tiles(q=(8, 12), kv=(4, 16))}, np.float16, "h200", "powers of two"),
+        ({"tiles": Tiles(q=(8, 4), kv=(4, 16))}, np.float16, "h200", "32 queries"),
+        ({"tiles": Tiles(q=(8, 8), kv=(4, 2))}, np.float16, "h200", "8 keys"),
+        ({"tiles": Tiles(q=(8, 8), kv=(16, 16))}, np.float16, "h200", "256 keys"),
+    ],
+)  # fmt: skip
+def test_refusals_say_why(change, dtype, device, text):
+    case = dataclasses.replace(GOOD, **change)
+    problem = problem_of(case, operands_of(case, dtype), KNOWN_DEVICES[device])
+    assert text in hopper_limits.supports(problem, case.tiles)
+
+
+def test_what_the_kernel_lacks_is_refused():
+    problem = problem_of(GOOD, operands_of(GOOD))
+    for change, text in (
+        ({"num_additional": 3}, "additional keys"),
+        ({"has_bias": True}, "bias"),
+        ({"is_slab": True}, "slab"),
+        ({"batch": 1 << 16}, "batch=65536"),
+        ({"device": dataclasses.replace(H200, smem_bytes=16 * 1024)}, "bytes of shared memory"),
+    ):
+        changed = dataclasses.replace(problem, **change)
+        assert text in hopper_limits.supports(changed, GOOD.tiles)
+    assert hopper_limits.supports(problem, GOOD.tiles) is None
+
+
+RESOURCES = (
+    Call((32768,), (2048,), (128,), (128,)),
+    Call((256, 256), (80, 80), (8, 16), (16, 8), batch=2),
+    Call((30, 48, 80), (18, 24, 24), (2, 8, 8), (2, 8, 8), batch=2, dtype="float16"),
+    Call((30, 48, 80), (6, 8, 8), (2, 8, 8), (2, 8, 8), 1, 3, True, batch=2, heads_per_kv=2),
+    Call((256, 256), (80, 80), (8, 16), (16, 8), head_dim=64),
+    Call((30, 48, 80), (18, 24, 24), (1, 8, 8), (2, 8, 8), head_dim=64),
+    Call((5, 6), (3, 3), (8, 16), (4, 16), head_dim=32),
+)
+
+
+@pytest.mark.skipif(not gpu_compile.is_possible(), reason=gpu_compile.MISSING)
+@pytest.mark.parametrize(
+    "call", RESOURCES, ids=lambda c: f"{len(c.layout)}d-{c.head_dim}-{c.batch}-{c.dilation}"
+)
+def test_compiled_without_spills(call):
+    """Registers, shared memory and instructions of the device form: what the interpreter cannot see."""
+    got = gpu_compile.resources(call)
+    rule = Neighborhood.of(
+        len(call.layout),
+        window_size=call.window_size,
+        stride=call.stride,
+        dilation=call.dilation,
+        is_causal=call.is_causal,
+    )
+    heads = (call.kv_heads * call.heads_per_kv, call.kv_heads, call.kv_heads)
+    arrays = [
+        jax.ShapeDtypeStruct((call.batch, *call.layout, n, call.head_dim), call.dtype)
+        for n in heads
+    ]
+    problem = describe(Operands(*arrays), rule, scale=None, precision=None, device=H200)
+    plan = hopper_limits.tile_plan(problem, Tiles(q=call.q_tile, kv=call.kv_tile))
+    assert got["spill_bytes"] == got["stack_bytes"] == got["serialized_wgmma"] == 0
+    even_share = (1 << 16) // (128 * (plan.num_workers + 1))
+    assert got["registers"] <= even_share  # at launch: `set_max_registers` moves them
+    assert got["smem_bytes"] <= hopper_limits.smem_bytes(plan)
+    # Boxes, not rows: one copy per chunk of Q, K and V and place in the program, of all axes, columns and batch together.
+    assert got["load_rank"] == len(call.layout) + 1 + (call.batch > 1 or call.dilation > 1)
+    chunks = -(-call.head_dim // 64)
+    assert got["stores"] == chunks
+    assert got["loads"] >= 3 * chunks
+    assert got["wgmma"] >= call.head_dim // 16 + chunks * math.prod(call.kv_tile) // 16
+
+
+def test_no_strided_slices():
+    """Mosaic GPU drops the stride of `pl.ds` when it compiles, the interpreter honours it: nothing would notice."""
+    sources = sorted((Path(__file__).parents[1] / "pallas_kernels").glob("**/*.py"))
+    assert sources
+    for path in sources:
+        assert not list(strided_slices(path.read_text())), path
+
+
+def strided_slices(source: str):
+    """Lines of calls of `ds`, `dslice` or `Slice` with a stride."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            has_stride = len(node.args) > 2 or any(k.arg == "stride" for k in node.keywords)
+            if name in ("ds", "dslice", "Slice") and has_stride:
+                yield node.lineno
+
+
+def test_strided_slices_are_found():
+    assert list(strided_slices("a = pl.ds(0, 4)\nb = pl.ds(0, 4, stride=2)\nc = ds(0, 4, 2)")) == [
+        2,
+        3,
+    ]
