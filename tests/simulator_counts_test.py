@@ -9,27 +9,15 @@ import time
 
 import numpy as np
 import pytest
+from random_rules import random_rule
 
-from gna_jax.neighborhood import WHOLE_GROUP, Neighborhood
+from gna_jax.neighborhood import Neighborhood
 from gna_jax.simulator import Simulation, simulate, simulation
 from gna_jax.simulator.counts import attended_pairs, walk_counts
 from gna_jax.tiling import Tiles
 
 PROBLEMS_PER_SEED = 150
 LARGEST = {1: 24, 2: 8, 3: 5}
-
-
-def random_rule(random, rank):
-    """A neighborhood and a layout that fits it, small enough for the dense mask."""
-    layout = tuple(int(n) for n in random.integers(1, LARGEST[rank] + 1, rank))
-    rules = []
-    for length in layout:
-        dilation = int(random.integers(1, min(length, 3) + 1))
-        window = int(random.integers(1, length // dilation + 1))
-        stride = int(random.integers(1, window + 1))
-        window = WHOLE_GROUP if random.random() < 0.2 else window
-        rules.append((window, stride, dilation, bool(random.random() < 0.3)))
-    return Neighborhood(*zip(*rules, strict=True)), layout
 
 
 def random_tile(random, rank):
@@ -100,7 +88,7 @@ def test_counts_equal_a_walk_over_token_pairs(rank, seed):
     random = np.random.default_rng([3, rank, seed])
     block_sparse = set()
     for _ in range(PROBLEMS_PER_SEED):
-        neighborhood, layout = random_rule(random, rank)
+        neighborhood, layout = random_rule(random, LARGEST[rank], rank)
         q_tile, kv_tile = random_tile(random, rank), random_tile(random, rank)
         problem = neighborhood, layout, q_tile, kv_tile
         dynamic, backward = (bool(flag) for flag in random.integers(0, 2, 2))
@@ -115,7 +103,7 @@ def test_relations_between_walks(rank):
     random = np.random.default_rng([4, rank])
     gains = 0
     for _ in range(500):
-        neighborhood, layout = random_rule(random, rank)
+        neighborhood, layout = random_rule(random, LARGEST[rank], rank)
         tiles = Tiles(q=random_tile(random, rank), kv=random_tile(random, rank))
         static = Simulation.of(neighborhood, layout, tiles)
         dynamic = Simulation.of(neighborhood, layout, Tiles(q=tiles.q, kv=tiles.kv, dynamic=True))
@@ -168,7 +156,7 @@ def scan_speedups(result, num_additional):
 def test_figures_follow_from_the_walks_with_and_without_additional_keys(rank):
     random = np.random.default_rng([5, rank])
     for number in range(100):
-        neighborhood, layout = random_rule(random, rank)
+        neighborhood, layout = random_rule(random, LARGEST[rank], rank)
         extra = int(random.integers(0, 40)) if number % 2 else 0
         result = simulate(
             layout,

@@ -10,9 +10,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from random_rules import random_rule
 
 from gna_jax.device import KNOWN_DEVICES, DeviceSpec
-from gna_jax.neighborhood import WHOLE_GROUP, Neighborhood
+from gna_jax.neighborhood import Neighborhood
 from gna_jax.simulator import (
     PRESETS,
     Simulation,
@@ -32,18 +33,6 @@ from gna_jax.tiling import Tiles
 LARGEST = {1: 60, 2: 14, 3: 7}
 HUNYUAN = (30, 48, 80)
 SLIDING = Neighborhood.of(3, window_size=(18, 24, 24))
-
-
-def random_rule(random, rank):
-    layout = tuple(int(n) for n in random.integers(1, LARGEST[rank] + 1, rank))
-    rules = []
-    for length in layout:
-        dilation = int(random.integers(1, min(length, 3) + 1))
-        window = int(random.integers(1, length // dilation + 1))
-        stride = int(random.integers(1, window + 1))
-        window = WHOLE_GROUP if random.random() < 0.2 else window
-        rules.append((window, stride, dilation, bool(random.random() < 0.3)))
-    return Neighborhood(*zip(*rules, strict=True)), layout
 
 
 def all_shapes(elements, rank):
@@ -69,7 +58,7 @@ def test_shapes_are_all_powers_of_two_compact_first(rank):
 def test_best_tiles_equal_trying_all(rank, backward):
     random = np.random.default_rng([6, rank, backward])
     for _ in range(12):
-        neighborhood, layout = random_rule(random, rank)
+        neighborhood, layout = random_rule(random, LARGEST[rank], rank)
         q_elements, kv_elements = (2 ** int(n) for n in random.integers(0, 5, 2))
         dynamic, extra = bool(random.integers(2)), int(random.choice([0, 30]))
 
@@ -158,7 +147,7 @@ def test_closeness_is_the_share_of_the_sliding_windows_pairs(rank):
     random = np.random.default_rng([8, rank])
     seen = set()
     for _ in range(60):
-        neighborhood, layout = random_rule(random, rank)
+        neighborhood, layout = random_rule(random, LARGEST[rank], rank)
         sliding = Neighborhood(
             neighborhood.window_size, (1,) * rank, neighborhood.dilation, neighborhood.is_causal
         )
