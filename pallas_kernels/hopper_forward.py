@@ -23,9 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gna_jax.problem import Operands, Problem
 from gna_jax.tiling import Tiles
 from pallas_kernels import masks
-from pallas_kernels.hopper_limits import tile_plan
+from pallas_kernels.limits import forward_plan
 from pallas_kernels.online_softmax import LEAST, Softmax, exponent_scale, update
 from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
+from pallas_kernels.row_statistics import from_parts
 from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
 
 REGISTERS = {1: (240, 56), 2: (224, 56)}
@@ -45,7 +46,7 @@ def forward(
       operands: query [B, *space, N, H], key and value [B, *space, K, H].
       interpret: `plgpu.InterpretGPUParams` to run in the interpreter on a CPU, None on a GPU.
     """
-    kernel = ForwardKernel(tile_plan(problem, tiles), interpret is not None)
+    kernel = ForwardKernel(forward_plan(problem, tiles), interpret is not None)
     arrays = operands.query, operands.key, operands.value
     views = (kernel.queries, kernel.keys, kernel.keys)
     out, lse = plgpu.kernel(
@@ -59,7 +60,9 @@ def forward(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(*(view.split(array) for view, array in zip(views, arrays, strict=True)))
-    return kernel.queries.merge(out, problem.query_layout), kernel.natural_lse(lse)
+    return kernel.queries.merge(out, problem.query_layout), from_parts(
+        kernel.plan, lse * math.log(2)
+    )
 
 
 class Memory(NamedTuple):
@@ -207,7 +210,7 @@ class ForwardKernel:
     def _work(self, memory: Memory, walk: TileWalk, worker: Any) -> None:
         """Attention of a worker's part, written out."""
         plan, buffer = self.plan, self.query_buffer
-        start = list(walk.q_start)
+        start = list(walk.own_start)
         start[plan.split_axis] = start[plan.split_axis] + worker * plan.part[plan.split_axis]
         place = self._place(walk, start, is_key=False)
         ready = memory.query_ready.at[worker]
@@ -332,14 +335,3 @@ class ForwardKernel:
         rows = memory.lse.at[place.batch, place.head, part]
         plgpu.copy_smem_to_gmem(memory.lse_rows.at[worker], rows)
         plgpu.wait_smem_to_gmem(0)
-
-    def natural_lse(self, parts: jax.Array) -> jax.Array:
-        """`[B, N, parts, 64]` in base 2 -> `[B, *space, N]` in natural log: 1/64 of what the kernel moves, or less."""
-        plan, rank = self.plan, self.plan.problem.rank
-        layout = plan.problem.query_layout
-        sizes = (*plan.dilation, *plan.parts, *plan.part)
-        parts = parts.reshape(*parts.shape[:2], *sizes) * math.log(2)
-        order = [axis + rank * kind + 2 for axis in range(rank) for kind in (1, 2, 0)]
-        whole = [math.prod(size) for size in zip(plan.dilation, plan.parts, plan.part, strict=True)]
-        lse = parts.transpose(0, *order, 1).reshape(parts.shape[0], *whole, -1)
-        return lse[(slice(None), *(slice(length) for length in layout))]

@@ -1,8 +1,10 @@
 """Which boxes a kernel's thread block reads: the static sizes, and the walk in closed form from scalars.
 
-Nothing is tabulated in memory: a block knows its tile by number, and computes from it the tile's place, the box of keys it
-walks and, for every step, the KV tile's place. Window rules and boxes come from `gna_jax.tiling`; what is added here is the
-order of steps: first the tiles that need no mask, then the shell around them. Ints work as well as traced int32.
+Nothing is tabulated in memory: a block knows its tile by number, and computes from it the tile's place, the box of tokens it
+walks and, for every step, the visited tile's place. Window rules and boxes come from `gna_jax.tiling`; what is added here is
+the order of steps: first the tiles that need no mask, then the shell around them. Ints work as well as traced int32.
+
+The forward and dQ own a Q tile and visit KV tiles; dK and dV own a KV tile and visit Q tiles (`TilePlan.is_inverse`).
 """
 
 import dataclasses
@@ -16,22 +18,23 @@ from jax import lax
 
 from gna_jax.neighborhood import group_length, maximum, minimum, where
 from gna_jax.problem import Problem
-from gna_jax.tiling import AxisWalk, key_walk
+from gna_jax.tiling import AxisWalk, key_walk, query_walk
 
 
 @dataclasses.dataclass(frozen=True)
 class TilePlan:
-    """The static side of a forward kernel.
+    """The static side of a kernel.
 
-    A Q tile is the job of a thread block; its `num_workers` warpgroups take a part of `part` tokens each, side by side on
-    axis `split_axis`.
+    One tile (`own`) is the job of a thread block; its `num_workers` warpgroups take a part of `part` tokens each, side by
+    side on axis `split_axis`.
 
     Args:
       problem: the call.
       q_tile, kv_tile: tokens per axis.
-      num_workers: warpgroups that share a Q tile.
+      num_workers: warpgroups that share a block's own tile.
       split_axis: the axis on which they share it.
-      stages: KV tiles in flight.
+      stages: visited tiles in flight.
+      is_inverse: whether a block owns a KV tile and visits Q tiles, for dK and dV, and not the other way round.
     """
 
     problem: Problem
@@ -40,24 +43,35 @@ class TilePlan:
     num_workers: int
     split_axis: int
     stages: int
+    is_inverse: bool = False
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Tokens per axis of a block's own tile."""
+        return self.kv_tile if self.is_inverse else self.q_tile
+
+    @property
+    def visited(self) -> tuple[int, ...]:
+        """Tokens per axis of a visited tile."""
+        return self.q_tile if self.is_inverse else self.kv_tile
 
     @property
     def part(self) -> tuple[int, ...]:
-        """Queries per axis of one warpgroup."""
+        """Own tokens per axis of one warpgroup."""
         return tuple(
             size // self.num_workers if axis == self.split_axis else size
-            for axis, size in enumerate(self.q_tile)
+            for axis, size in enumerate(self.own)
         )
 
     @property
     def rows(self) -> int:
-        """Queries of one warpgroup."""
+        """Own tokens of one warpgroup."""
         return math.prod(self.part)
 
     @property
     def columns(self) -> int:
-        """Keys of a KV tile."""
-        return math.prod(self.kv_tile)
+        """Tokens of a visited tile."""
+        return math.prod(self.visited)
 
     @property
     def dilation(self) -> tuple[int, ...]:
@@ -66,8 +80,8 @@ class TilePlan:
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """Q tiles per axis of the longest dilation group."""
-        axes = zip(self.problem.global_layout, self.dilation, self.q_tile, strict=True)
+        """Own tiles per axis of the longest dilation group."""
+        axes = zip(self.problem.global_layout, self.dilation, self.own, strict=True)
         return tuple(-(-group_length(length, d, 0) // tile) for length, d, tile in axes)
 
     @property
@@ -80,7 +94,7 @@ class TilePlan:
 
     @property
     def num_tiles(self) -> int:
-        """Q tiles of all dilation groups of one head."""
+        """Own tiles of all dilation groups of one head."""
         return math.prod(self.tiles) * math.prod(self.dilation)
 
     @property
@@ -100,32 +114,32 @@ class TilePlan:
 
 @dataclasses.dataclass(frozen=True)
 class TileWalk:
-    """One Q tile: its dilation group, its first query and the KV tiles it visits, without masks first.
+    """One block's tile: its dilation group, its first token and the tiles it visits, without masks first.
 
     Args:
       residues: the group, per axis.
       lengths: tokens of the group, per axis.
-      q_start: first query, per axis; past the end of a group that is shorter than the longest, where there is no work.
+      own_start: first own token, per axis; past the end of a group that is shorter than the longest, where there is no work.
       axes: the walk of every axis.
-      num_clean: visits that need no mask: every key is real and seen by every query.
-      num_visits: all visits; 0 for a tile without queries.
+      num_clean: visits that need no mask: every visited token is real, and every own query sees it (or: it sees every own key).
+      num_visits: all visits; 0 for a tile without tokens.
     """
 
     residues: tuple[Any, ...]
     lengths: tuple[Any, ...]
-    q_start: tuple[Any, ...]
+    own_start: tuple[Any, ...]
     axes: tuple[AxisWalk, ...]
     num_clean: Any
     num_visits: Any
 
     def clean_tile(self, step: Any) -> tuple[Any, ...]:
-        """First keys of clean visit number `step`, row-major."""
+        """First tokens of clean visit number `step`, row-major."""
         firsts, counts = zip(*map(clean_visits, self.axes), strict=True)
         place = _digits(step, counts)
         return self._starts(tuple(f + n for f, n in zip(firsts, place, strict=True)))
 
     def shell_tile(self, step: Any) -> tuple[Any, ...]:
-        """First keys of shell visit number `step`."""
+        """First tokens of shell visit number `step`."""
         return self._starts(_shell_digits(step, self.axes))
 
     def _starts(self, numbers: Sequence[Any]) -> tuple[Any, ...]:
@@ -133,28 +147,29 @@ class TileWalk:
 
 
 def tile_walk(plan: TilePlan, tile: Any) -> TileWalk:
-    """The walk of Q tile number `tile`: dilation groups row-major, tiles of a group row-major."""
+    """The walk of own tile number `tile`: dilation groups row-major, tiles of a group row-major."""
     group, number = quotient_and_digit(tile, math.prod(plan.tiles))
     residues, place = _digits(group, plan.dilation), _digits(number, plan.tiles)
     lengths = plan.lengths(residues)
     # A multiple of `tile`, so that starts are traced where the tile is: see `BoxPlace`.
-    q_start = tuple(0 * tile + n * size for n, size in zip(place, plan.q_tile, strict=True))
+    start = tuple(0 * tile + n * size for n, size in zip(place, plan.own, strict=True))
+    walk_of = query_walk if plan.is_inverse else key_walk
     rules = zip(
-        plan.problem.neighborhood.axes, lengths, q_start, plan.q_tile, plan.kv_tile, strict=True
+        plan.problem.neighborhood.axes, lengths, start, plan.q_tile, plan.kv_tile, strict=True
     )
     axes = tuple(
-        key_walk(axis, length, minimum(q, length - 1), q_tile=size, kv_tile=kv, dynamic=True)
-        for axis, length, q, size, kv in rules
+        walk_of(axis, length, minimum(first, length - 1), q_tile=q, kv_tile=kv, dynamic=True)
+        for axis, length, first, q, kv in rules
     )
     is_empty = False
-    for q, length in zip(q_start, lengths, strict=True):
-        is_empty = is_empty | (q >= length)
+    for first, length in zip(start, lengths, strict=True):
+        is_empty = is_empty | (first >= length)
     visits = math.prod(walk.num_visits for walk in axes)
     clean = math.prod(count for _, count in map(clean_visits, axes))
     return TileWalk(
         residues=residues,
         lengths=lengths,
-        q_start=q_start,
+        own_start=start,
         axes=axes,
         num_clean=where(is_empty, 0 * clean, clean),
         num_visits=where(is_empty, 0 * visits, visits),
@@ -169,7 +184,7 @@ def clean_visits(walk: AxisWalk) -> tuple[Any, Any]:
 
 
 def part_number(plan: TilePlan, walk: TileWalk, start: Sequence[Any]) -> Any:
-    """Row-major number, among all parts of one head, of the part whose first query is `start`."""
+    """Row-major number, among all parts of one head, of the part whose first token is `start`."""
     number = 0
     for residue, d in zip(walk.residues, plan.dilation, strict=True):
         number = number * d + residue

@@ -113,7 +113,7 @@ def lower_and_compile(call: Call) -> Any:
     from gna_jax.neighborhood import Neighborhood
     from gna_jax.problem import Operands, describe
     from gna_jax.tiling import Tiles
-    from pallas_kernels import hopper_forward, hopper_limits
+    from pallas_kernels import hopper_forward, limits
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("x",))
@@ -137,7 +137,7 @@ def lower_and_compile(call: Call) -> Any:
     device = KNOWN_DEVICES["h200"]
     problem = describe(operands, rule, scale=None, precision=None, device=device)
     tiles = Tiles(q=call.q_tile, kv=call.kv_tile)
-    reason = hopper_limits.supports(problem, tiles)
+    reason = limits.supports(problem, tiles)
     if reason is not None:
         raise NotImplementedError(reason)
     run = lambda operands: hopper_forward.forward(problem, operands, tiles)

@@ -20,7 +20,7 @@ from gna_jax.device import KNOWN_DEVICES
 from gna_jax.neighborhood import Neighborhood
 from gna_jax.problem import Operands, Problem, describe
 from gna_jax.tiling import Tiles
-from pallas_kernels import hopper_forward, hopper_limits, online_softmax
+from pallas_kernels import hopper_forward, limits, online_softmax
 from pallas_kernels.plan import tile_walk
 
 pytestmark = pytest.mark.kernel
@@ -48,7 +48,7 @@ def problem_of(case: Case, operands: Operands, device=H200) -> Problem:
 def interpret(case: Case, operands: Operands, detect_races: bool = False):
     """The kernel in the interpreter: out and lse."""
     problem = problem_of(case, operands)
-    assert hopper_limits.supports(problem, case.tiles) is None
+    assert limits.supports(problem, case.tiles) is None
     params = plgpu.InterpretGPUParams(detect_races=detect_races)
     run = lambda operands: hopper_forward.forward(problem, operands, case.tiles, params)
     with jax.sharding.use_abstract_mesh(ON_H200):
@@ -74,7 +74,7 @@ def draw(seed: int, max_copies: int = 1800) -> Case:
     while True:
         case = propose(rng, seed)
         plan, heads = (
-            hopper_limits.tile_plan(case.problem(), case.tiles),
+            limits.forward_plan(case.problem(), case.tiles),
             case.query_heads * case.batch,
         )
         of_query, of_key = (
@@ -159,7 +159,7 @@ def test_chosen_cases_without_races(case):
 
 def test_clean_tiles_between_parts_of_the_shell():
     case = case_of((20, 23), (11, 13), **WIDE, tiles=Tiles(q=(8, 8), kv=(2, 8)))
-    plan = hopper_limits.tile_plan(case.problem(), case.tiles)
+    plan = limits.forward_plan(case.problem(), case.tiles)
     walks = [tile_walk(plan, tile) for tile in range(plan.num_tiles)]
     assert any(plan.stages < walk.num_clean < walk.num_visits for walk in walks)
     check(case, detect_races=True)
@@ -214,7 +214,7 @@ GOOD = case_of((16, 16), (5, 5), **WIDE, tiles=Tiles(q=(8, 16), kv=(4, 16)))
 def test_refusals_say_why(change, dtype, device, text):
     case = dataclasses.replace(GOOD, **change)
     problem = problem_of(case, operands_of(case, dtype), KNOWN_DEVICES[device])
-    assert text in hopper_limits.supports(problem, case.tiles)
+    assert text in limits.supports(problem, case.tiles)
 
 
 def test_what_the_kernel_lacks_is_refused():
@@ -227,8 +227,8 @@ def test_what_the_kernel_lacks_is_refused():
         ({"device": dataclasses.replace(H200, smem_bytes=16 * 1024)}, "bytes of shared memory"),
     ):
         changed = dataclasses.replace(problem, **change)
-        assert text in hopper_limits.supports(changed, GOOD.tiles)
-    assert hopper_limits.supports(problem, GOOD.tiles) is None
+        assert text in limits.supports(changed, GOOD.tiles)
+    assert limits.supports(problem, GOOD.tiles) is None
 
 
 RESOURCES = (
@@ -262,11 +262,11 @@ def test_compiled_without_spills(call):
         for n in heads
     ]
     problem = describe(Operands(*arrays), rule, scale=None, precision=None, device=H200)
-    plan = hopper_limits.tile_plan(problem, Tiles(q=call.q_tile, kv=call.kv_tile))
+    plan = limits.forward_plan(problem, Tiles(q=call.q_tile, kv=call.kv_tile))
     assert got["spill_bytes"] == got["stack_bytes"] == got["serialized_wgmma"] == 0
     even_share = (1 << 16) // (128 * (plan.num_workers + 1))
     assert got["registers"] <= even_share  # at launch: `set_max_registers` moves them
-    assert got["smem_bytes"] <= hopper_limits.smem_bytes(plan)
+    assert got["smem_bytes"] <= limits.smem_bytes(plan, 1)
     # Boxes, not rows: one copy per chunk of Q, K and V and place in the program, of all axes, columns and batch together.
     assert got["load_rank"] == len(call.layout) + 1 + (call.batch > 1 or call.dilation > 1)
     chunks = -(-call.head_dim // 64)

@@ -1,4 +1,4 @@
-"""The walk that kernels compute from a tile's number, against `QueryTilePlan`, which enumerates it."""
+"""The walks that kernels compute from a tile's number, against `QueryTilePlan` and `KeyTilePlan`, which enumerate them."""
 
 import itertools
 import math
@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 from attention_suite import Case, case_of, random_case
 
-from gna_jax.tiling import QueryTilePlan, dilation_groups
+from gna_jax.tiling import KeyTilePlan, QueryTilePlan, dilation_groups
 from pallas_kernels.plan import TilePlan, part_number, tile_walk
 
 
-def plan_of(case: Case, q_tile: tuple[int, ...], kv_tile: tuple[int, ...]) -> TilePlan:
-    split_axis = next((axis for axis, size in enumerate(q_tile) if size % 2 == 0), None)
+def plan_of(case: Case, q_tile: tuple[int, ...], kv_tile: tuple[int, ...], inverse=False):
+    own = kv_tile if inverse else q_tile
+    split_axis = next((axis for axis, size in enumerate(own) if size % 2 == 0), None)
     workers = 1 if split_axis is None else 2
-    return TilePlan(case.problem(), q_tile, kv_tile, workers, split_axis or 0, stages=2)
+    return TilePlan(case.problem(), q_tile, kv_tile, workers, split_axis or 0, 2, inverse)
 
 
-def check_walks(case: Case, q_tile: tuple[int, ...], kv_tile: tuple[int, ...]) -> None:
-    plan = plan_of(case, q_tile, kv_tile)
+def check_walks(case: Case, plan: TilePlan) -> None:
     tile, seen = 0, set()
     for group, lengths in dilation_groups(case.layout, case.dilation):
         for place in itertools.product(*map(range, plan.tiles)):
-            start = tuple(n * size for n, size in zip(place, q_tile, strict=True))
+            start = tuple(n * size for n, size in zip(place, plan.own, strict=True))
             walk = tile_walk(plan, tile)
-            assert (walk.residues, walk.q_start, walk.lengths) == (group, start, lengths)
+            assert (walk.residues, walk.own_start, walk.lengths) == (group, start, lengths)
             check_visits(case, plan, walk)
             seen |= set(parts_of(plan, walk))
             tile += 1
@@ -35,13 +35,17 @@ def check_walks(case: Case, q_tile: tuple[int, ...], kv_tile: tuple[int, ...]) -
 def check_visits(case: Case, plan: TilePlan, walk) -> None:
     clean = [walk.clean_tile(step) for step in range(walk.num_clean)]
     shell = [walk.shell_tile(step) for step in range(walk.num_visits - walk.num_clean)]
-    if any(q >= length for q, length in zip(walk.q_start, walk.lengths, strict=True)):
+    if any(q >= length for q, length in zip(walk.own_start, walk.lengths, strict=True)):
         assert not clean and not shell
         return
     tiles = {"q_tile": plan.q_tile, "kv_tile": plan.kv_tile, "dynamic": True}
     geometry = case.neighborhood, case.layout
-    visits = QueryTilePlan(*geometry, q_start=walk.q_start, group=walk.residues, **tiles).visits()
-    ends = [(v.start, np.add(v.start, plan.kv_tile)) for v in visits if v.is_full]
+    if plan.is_inverse:
+        enumerated = KeyTilePlan(*geometry, kv_start=walk.own_start, group=walk.residues, **tiles)
+    else:
+        enumerated = QueryTilePlan(*geometry, q_start=walk.own_start, group=walk.residues, **tiles)
+    visits = enumerated.visits()
+    ends = [(v.start, np.add(v.start, plan.visited)) for v in visits if v.is_full]
     assert sorted(clean + shell) == sorted(visit.start for visit in visits)
     assert clean == [start for start, end in ends if (end <= np.asarray(walk.lengths)).all()]
 
@@ -49,17 +53,18 @@ def check_visits(case: Case, plan: TilePlan, walk) -> None:
 def parts_of(plan: TilePlan, walk) -> list[int]:
     numbers = []
     for worker in range(plan.num_workers):
-        start = list(walk.q_start)
+        start = list(walk.own_start)
         start[plan.split_axis] += worker * plan.part[plan.split_axis]
         numbers.append(part_number(plan, walk, start))
     return numbers
 
 
+@pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_random_walks(seed):
+def test_random_walks(seed, inverse):
     case, rng = random_case(seed, max_tokens=400, max_loops=100), np.random.default_rng(seed)
     sizes = [tuple(int(n) for n in 2 ** rng.integers(0, 4, len(case.layout))) for _ in range(2)]
-    check_walks(case, *sizes)
+    check_walks(case, plan_of(case, *sizes, inverse))
 
 
 def test_a_walk_with_clean_tiles_on_every_side_of_the_shell():
