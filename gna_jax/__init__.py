@@ -10,6 +10,7 @@ from gna_jax.backends import GnaPerformanceWarning as GnaPerformanceWarning
 from gna_jax.device import DeviceSpec as DeviceSpec
 from gna_jax.explanation import Explanation as Explanation
 from gna_jax.explanation import explain as explain
+from gna_jax.interpreter import interpret_gpu as interpret_gpu
 from gna_jax.merge import merge_attentions as merge_attentions
 from gna_jax.natten import na1d as na1d
 from gna_jax.natten import na2d as na2d
@@ -31,6 +32,7 @@ __all__ = [
     "attention_fn",
     "explain",
     "gna",
+    "interpret_gpu",
     "merge_attentions",
     "na1d",
     "na2d",

@@ -21,6 +21,7 @@ class DeviceSpec:
       num_sms: streaming multiprocessors; 0 where unknown or meaningless.
       smem_bytes: shared memory one thread block may opt in to; 0 where meaningless.
       tmem_columns: columns of tensor memory per SM (512 on data-center Blackwell, else 0).
+      is_interpreted: whether JAX's interpreter plays this GPU on a CPU (`gna_jax.interpret_gpu`).
     """
 
     kind: str
@@ -29,6 +30,7 @@ class DeviceSpec:
     num_sms: int = 0
     smem_bytes: int = 0
     tmem_columns: int = 0
+    is_interpreted: bool = False
 
 
 _KIB = 1024
@@ -87,8 +89,18 @@ def _from_kind(
     for name in re.findall(r"[a-z]+[0-9]+", kind.lower()):
         if name in KNOWN_DEVICES:
             known = KNOWN_DEVICES[name]
-            return dataclasses.replace(known, kind=kind, num_sms=num_cores or known.num_sms)
+            return dataclasses.replace(
+                known,
+                kind=kind,
+                num_sms=num_cores or known.num_sms,
+                # A GPU on the platform of CPUs: `gna_jax.interpret_gpu` describes it so.
+                is_interpreted=(platform, known.platform) == ("cpu", "cuda"),
+            )
     if platform == "cuda" and capability:
         major, _, minor = str(capability).partition(".")
-        return DeviceSpec(kind, platform, (int(major), int(minor or 0)), num_cores)
+        version = int(major), int(minor or 0)
+        like = next((d for d in KNOWN_DEVICES.values() if d.compute_capability == version), None)
+        # Limits of a thread block are the compute capability's, those of the whole GPU are its own.
+        smem, tmem = (like.smem_bytes, like.tmem_columns) if like else (0, 0)
+        return DeviceSpec(kind, platform, version, num_cores, smem, tmem)
     return DeviceSpec(kind, platform)

@@ -35,6 +35,7 @@ class Explanation:
         not one runs; None elsewhere.
       predicted_dense: predicted seconds of dense attention on the same tokens, by good GPU kernels, or on a CPU by this
         package's own backend; None where nothing is known.
+      copies: what the implementation copies before it can read it: padding for dilation or head dims.
       problem: shapes, dtype, geometry and device the answer is for.
     """
 
@@ -47,6 +48,7 @@ class Explanation:
     predicted: float | None
     predicted_kernel: float | None
     predicted_dense: float | None
+    copies: tuple[str, ...]
     problem: Problem
 
     def __str__(self) -> str:
@@ -63,6 +65,7 @@ class Explanation:
             f"  pairs     {self.dense_share:.2%} of dense attention computed;"
             f" {self.useful_share:.1%} of those are attended, {self.masked_share:.1%} pass a mask",
             f"  forward   {self._times()}",
+            *(f"  copy      {copy}" for copy in self.copies),
         ]
         names_of: dict[str, list[str]] = {}
         for name, reason in self.reasons:
@@ -143,6 +146,7 @@ def explain(
         predicted=work.seconds,
         predicted_kernel=_kernel_seconds(problem),
         predicted_dense=_dense_seconds(problem),
+        copies=work.copies,
         problem=problem,
     )
 

@@ -22,12 +22,17 @@ def vary_together(operands: Operands) -> Operands:
     """All operands varying over the union of the manual mesh axes that any of them varies over."""
     arrays = [x for x in operands if x is not None]
     union = frozenset().union(*(_varying(x) for x in arrays))
+    return Operands(*(None if x is None else _cast(x, union) for x in operands))
 
-    def cast(array: Any) -> Any:
-        missing = tuple(sorted(union - _varying(array)))
-        return jax.lax.pcast(array, missing, to="varying") if missing else array
 
-    return Operands(*(None if x is None else cast(x) for x in operands))
+def vary_as(tree: Any, like: Any) -> Any:
+    """The arrays of a tree varying over the manual mesh axes that `like` varies over: a kernel's results come without."""
+    return jax.tree.map(lambda array: _cast(array, _varying(like)), tree)
+
+
+def _cast(array: Any, axes: frozenset) -> Any:
+    missing = tuple(sorted(axes - _varying(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def _varying(array: Any) -> frozenset:

@@ -47,7 +47,11 @@ def minimum(a: Any, b: Any) -> Any:
 
 def maximum(a: Any, b: Any) -> Any:
     """The larger of two positions, ints, numpy or traced."""
-    return -minimum(-a, -b)
+    if isinstance(a, jax.Array) or isinstance(b, jax.Array):
+        return jnp.maximum(a, b)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return np.maximum(a, b)
+    return max(a, b)
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:

@@ -98,12 +98,14 @@ class Workload:
       computed_pairs: query-key pairs whose score it computes.
       masked_pairs: those of them that pass through a mask.
       seconds: predicted time of the forward, for all samples and heads; None where nothing is known.
+      copies: what it must copy before it can read it, for people.
     """
 
     tiles: Tiles | None
     computed_pairs: int
     masked_pairs: int
     seconds: float | None
+    copies: tuple[str, ...] = ()
 
 
 def describe(

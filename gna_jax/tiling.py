@@ -200,7 +200,7 @@ def _axis_walk(
 
 
 def _ceil_divide(dividend: Any, divisor: int) -> Any:
-    return -(-dividend // divisor)
+    return (dividend + divisor - 1) // divisor
 
 
 class Visit(NamedTuple):

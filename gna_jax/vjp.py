@@ -100,14 +100,17 @@ def _run_backward(plan: Plan, *arguments: Any) -> Operands:
 
 
 def _on_platform(plan: Plan, direction: str, *arguments: Any) -> Any:
-    """The chosen backend where the program is lowered for one of its platforms, "xla" where it is not."""
+    """The chosen backend where the program is lowered for one of its platforms, "xla" where it is not.
+
+    A GPU that JAX's interpreter plays is lowered for the CPU, and runs its own backend.
+    """
     chosen = backends.load(plan.implementation)
 
     def call(backend: Any, tiles: Tiles | None, *arguments: Any) -> Any:
         operands, *rest = arguments
         return getattr(backend, direction)(plan.problem, operands, tiles, *rest)
 
-    if chosen.PLATFORMS is None:
+    if chosen.PLATFORMS is None or plan.problem.device.is_interpreted:
         return call(chosen, plan.tiles, *arguments)
     mine = functools.partial(call, chosen, plan.tiles)
     return jax.lax.platform_dependent(

@@ -23,6 +23,7 @@ class Generation:
       rows: own tokens of one worker, the rows of one matrix instruction.
       most_columns: keys per KV tile of the forward.
       most_backward_columns: queries per Q tile of dK and dV.
+      backward_workers: workers that share a KV tile of dK and dV where nobody says how large it is.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Generation:
     rows: int
     most_columns: int
     most_backward_columns: int
+    backward_workers: int
 
 
 HOPPER = Generation(
@@ -40,6 +42,7 @@ HOPPER = Generation(
     most_columns=128,
     # Scores, their gradient, dK and dV of 64 rows: 32 + 32 + 64 + 64 registers.
     most_backward_columns=64,
+    backward_workers=2,
 )
 BLACKWELL = Generation(
     "Blackwell",
@@ -49,6 +52,7 @@ BLACKWELL = Generation(
     most_columns=128,
     # Scores, their gradient, dK and dV: again 4 x 128.
     most_backward_columns=128,
+    backward_workers=1,
 )
 GENERATIONS = (HOPPER, BLACKWELL)
 

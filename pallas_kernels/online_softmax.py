@@ -1,6 +1,7 @@
 """Online softmax in base 2, float32: the running state of a block of rows, and one tile's step. No memory, no layouts."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,17 @@ class Softmax(NamedTuple):
     out: tuple[Any, ...]
     largest: Any
     total: Any
+
+
+class Statistics(NamedTuple):
+    """The running state of rows whose output is kept elsewhere: the score that counts as largest, and the sum of weights."""
+
+    largest: Any
+    total: Any
+
+
+LARGEST_WEIGHT_LOG2 = 8.0
+"""How far, in powers of 2, a score may pass what counts as the largest before the output is rescaled."""
 
 
 def exponent_scale(scale: float) -> float:
@@ -45,3 +57,41 @@ def update(
     total = state.total * decay + weights.sum(axis=1)
     out = tuple(accumulated * rows(decay, accumulated.shape) for accumulated in state.out)
     return Softmax(out, largest, total), weights
+
+
+def pass_largest(
+    state: Statistics, scores: Sequence[jax.Array], scale: float
+) -> tuple[Statistics, jax.Array, jax.Array]:
+    """First half of a lazy step: the state without the tile's sum, decay of each row's output, and whether any row decays.
+
+    What counts as a row's largest score moves only where a score passes it by more than `LARGEST_WEIGHT_LOG2`. Weights and
+    sums are relative to it, so the result is the same; weights are at most 256.
+
+    Args:
+      state: of the tiles before.
+      scores: the tile's, in blocks of columns, hidden ones -inf, with the sign of `scale`: see `signed`.
+      scale: of the scores.
+    """
+    factor = exponent_scale(scale)
+    largest = state.largest
+    for block in scores:
+        largest = jnp.maximum(largest, block.max(axis=1))
+    growth = (largest - state.largest) * factor
+    largest = jnp.where(growth > LARGEST_WEIGHT_LOG2, largest, state.largest)
+    decay = jnp.exp2((state.largest - largest) * factor)
+    return Statistics(largest, state.total * decay), decay, growth.max() > LARGEST_WEIGHT_LOG2
+
+
+def signed(scores: jax.Array, scale: float) -> jax.Array:
+    """Scores in the order of their weights: `exponent_scale` has lost the sign of `scale`."""
+    return scores if scale > 0 else scores * (-1.0 if scale else 0.0)
+
+
+def weigh(
+    state: Statistics, scores: jax.Array, scale: float
+) -> tuple[Statistics, jax.Array]:
+    """Second half of a lazy step, by blocks of columns: the state with the block's weights summed, and its weights."""
+    factor = exponent_scale(scale)
+    offset = lax.broadcast_in_dim(state.largest * factor, scores.shape, (0,))
+    weights = jnp.exp2(scores * factor - offset)
+    return state._replace(total=state.total + weights.sum(axis=1)), weights

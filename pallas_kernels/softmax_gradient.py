@@ -7,6 +7,40 @@ from jax import lax
 from pallas_kernels.online_softmax import LOG2_E
 
 
+def weights_of(
+    scores: jax.Array, lse: jax.Array, mask: jax.Array | None, *, scale: float, query_axis: int
+) -> jax.Array:
+    """`P = exp(scale * S - lse)`; hidden pairs are exactly 0.
+
+    Args:
+      scores: S, query times key, not scaled: [queries, keys], or [keys, queries].
+      lse: one per query, in base 2.
+      mask: whether the query sees the key; None where every one does.
+      scale: the call's.
+      query_axis: the axis of scores that counts queries.
+    """
+    weights = jnp.exp2(scores * (scale * LOG2_E) - _spread(lse, scores, query_axis))
+    return weights if mask is None else jnp.where(mask, weights, 0.0)
+
+
+def gradient_of_scores(
+    weights: jax.Array, products: jax.Array, delta: jax.Array, *, query_axis: int
+) -> jax.Array:
+    """`dS / scale = P * (dO V^T - delta)`: the scale is left out here and applied once, to dQ and dK.
+
+    Args:
+      weights: P, in the order of `weights_of`'s scores.
+      products: dO V^T in the same order.
+      delta: one per query, see `row_statistics.delta`.
+      query_axis: the axis of weights that counts queries.
+    """
+    return weights * (products - _spread(delta, weights, query_axis))
+
+
+def _spread(statistic: jax.Array, scores: jax.Array, query_axis: int) -> jax.Array:
+    return lax.broadcast_in_dim(statistic, scores.shape, (query_axis,))
+
+
 def weights_and_gradient(
     scores: jax.Array,
     products: jax.Array,
@@ -28,8 +62,5 @@ def weights_and_gradient(
       scale: the call's. The gradient leaves it out: it is applied once, to dQ and dK.
       query_axis: the axis of scores that counts queries.
     """
-    spread = lambda x: lax.broadcast_in_dim(x, scores.shape, (query_axis,))
-    weights = jnp.exp2(scores * (scale * LOG2_E) - spread(lse))
-    if mask is not None:
-        weights = jnp.where(mask, weights, 0.0)
-    return weights, weights * (products - spread(delta))
+    weights = weights_of(scores, lse, mask, scale=scale, query_axis=query_axis)
+    return weights, gradient_of_scores(weights, products, delta, query_axis=query_axis)

@@ -51,7 +51,8 @@ def test_prints_what_a_person_asks_for():
         "causal axes [0]",
     ):
         assert part in text
-    assert "not cutlass, mosaic, triton: GPU kernels" in text and "%" in text
+    assert "not cutlass, triton: this kernel is not part of this version" in text and "%" in text
+    assert "not mosaic: mosaic has not been verified on NVIDIA H200; pass implementation=" in text
     assert "no prediction for xla on this device; a GPU kernel" in text
 
 
@@ -68,7 +69,23 @@ def test_raises_what_gna_raises():
     with pytest.raises(ValueError, match="window_size must not exceed the layout"):
         gna_jax.explain(x, x, x, window_size=10)
     with pytest.raises(NotImplementedError, match="not part of this version"):
-        gna_jax.explain(x, x, x, window_size=3, implementation="mosaic")
+        gna_jax.explain(x, x, x, window_size=3, implementation="cutlass")
+    with pytest.raises(NotImplementedError, match="take bfloat16 and float16; got float32"):
+        gna_jax.explain(x, x, x, window_size=3, implementation="mosaic", device="h200")
+
+
+def test_a_kernel_says_what_it_copies():
+    x = _shape((9, 20), heads=2, dim=48, dtype=jnp.bfloat16)
+    rule = {"window_size": (3, 5), "implementation": "mosaic", "device": "h200"}
+    told = gna_jax.explain(x, x, x, dilation=(2, 3), **rule)
+    assert told.copies == (
+        "axis 0 padded from 9 to 10 for dilation 2",
+        "axis 1 padded from 20 to 21 for dilation 3",
+        "heads padded from 48 to 64 columns",
+    )
+    assert "  copy      heads padded from 48 to 64 columns" in str(told)
+    x = _shape((9, 20), heads=2, dim=64, dtype=jnp.bfloat16)
+    assert gna_jax.explain(x, x, x, **rule).copies == ()
 
 
 def test_times_are_those_of_the_cost_model():

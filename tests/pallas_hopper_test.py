@@ -1,7 +1,6 @@
 """The Hopper forward: values and lse in the interpreter against float64, resources from the compiler, no GPU needed."""
 
 import ast
-import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -189,46 +188,6 @@ def test_rows_without_a_key_are_zero_and_free_of_nan():
     state, weights = online_softmax.update(state, scores, mask, 1.0)
     np.testing.assert_array_equal(state.total, [0, 4])
     assert np.isfinite(state.largest).all()
-
-
-GOOD = case_of((16, 16), (5, 5), **WIDE, tiles=Tiles(q=(8, 16), kv=(4, 16)))
-
-
-@pytest.mark.parametrize(
-    ("change", "dtype", "device", "text"),
-    [
-        ({}, ml_dtypes.bfloat16, "b200", "compute capability 9.0"),
-        ({}, np.float32, "h200", "float32: cast"),
-        ({"head_dim": 48, "value_dim": 48}, ml_dtypes.bfloat16, "h200", "pad the heads to 64"),
-        ({"head_dim": 256, "value_dim": 256}, ml_dtypes.bfloat16, "h200", "got 256: use 'xla'"),
-        ({"value_dim": 32}, ml_dtypes.bfloat16, "h200", "value_dim=32"),
-        ({"tiles": Tiles(q=(8, 16), kv=None)}, ml_dtypes.bfloat16, "h200", "kv=None"),
-        ({"tiles": Tiles(q=(8, 16), kv=(4, 16), dynamic=False)}, np.float16, "h200", "dynamic"),
-        ({"tiles": Tiles(q=(8, 8, 2), kv=(4, 4, 4))}, np.float16, "h200", "2 sizes"),
-        ({"tiles": Tiles(q=(8, 12), kv=(4, 16))}, np.float16, "h200", "powers of two"),
-        ({"tiles": Tiles(q=(8, 4), kv=(4, 16))}, np.float16, "h200", "32 queries"),
-        ({"tiles": Tiles(q=(8, 8), kv=(4, 2))}, np.float16, "h200", "8 keys"),
-        ({"tiles": Tiles(q=(8, 8), kv=(16, 16))}, np.float16, "h200", "256 keys"),
-    ],
-)  # fmt: skip
-def test_refusals_say_why(change, dtype, device, text):
-    case = dataclasses.replace(GOOD, **change)
-    problem = problem_of(case, operands_of(case, dtype), KNOWN_DEVICES[device])
-    assert text in limits.supports(problem, case.tiles)
-
-
-def test_what_the_kernel_lacks_is_refused():
-    problem = problem_of(GOOD, operands_of(GOOD))
-    for change, text in (
-        ({"num_additional": 3}, "additional keys"),
-        ({"has_bias": True}, "bias"),
-        ({"is_slab": True}, "slab"),
-        ({"batch": 1 << 16}, "batch=65536"),
-        ({"device": dataclasses.replace(H200, smem_bytes=16 * 1024)}, "bytes of shared memory"),
-    ):
-        changed = dataclasses.replace(problem, **change)
-        assert text in limits.supports(changed, GOOD.tiles)
-    assert limits.supports(problem, GOOD.tiles) is None
 
 
 RESOURCES = (

@@ -16,6 +16,7 @@ def test_public_names():
         "attention_fn",
         "explain",
         "gna",
+        "interpret_gpu",
         "merge_attentions",
         "na1d",
         "na2d",

@@ -41,7 +41,7 @@ class Rung:
     def missing(self) -> str:
         """Why there is no module."""
         return (
-            "GPU kernels are not part of this version of gna_jax;"
+            "this kernel is not part of this version of gna_jax;"
             " 'xla' runs the same call on every device, slower than a kernel would"
         )
 
@@ -59,7 +59,7 @@ class Rung:
 
 RUNGS = (
     Rung("cutlass", None, ("cuda",)),
-    Rung("mosaic", None, ("cuda",)),
+    Rung("mosaic", "gna_jax.backends.mosaic", ("cuda",)),
     Rung("triton", None, ("cuda",)),
     Rung("xla", "gna_jax.backends.xla"),
     Rung("reference", "gna_jax.backends.reference"),

@@ -1,4 +1,4 @@
-"""The command line `gna-jax`: what would run for a shape and why, what a window costs, and pictures of both.
+"""The command line `gna-jax`: what would run for a shape and why, what a window costs, what a GPU kernel takes, and pictures.
 
 Only argument parsing and printing live here, a module per command; every answer comes from the package's public functions.
 """
@@ -11,6 +11,7 @@ import typer
 import gna_jax
 from gna_jax.cli.draw import draw
 from gna_jax.cli.explain import explain
+from gna_jax.cli.inspect import inspect
 from gna_jax.cli.simulate import simulate
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 """The command, installed as `gna-jax`; also `python -m gna_jax`."""
 
 app.command(no_args_is_help=True)(explain)
+app.command(no_args_is_help=True)(inspect)
 app.command(no_args_is_help=True)(simulate)
 app.add_typer(draw, name="draw")
 

@@ -41,6 +41,7 @@ class Prediction:
       device: kind of device.
       direction: `"forward"` or `"backward"`.
       seconds: of all its kernels.
+      kernel_seconds: of the kernels that walk tiles: the forward, or dQ and then dK with dV. On a CPU equal to `seconds`.
       resources: seconds that each resource would take alone and perfectly balanced: `mma` (products), `exp`, `mask`, `l2`, `hbm`
         (memory), `launch` (starting kernels; prologue and epilogue of tiles). On a CPU they are parts of `seconds`.
       waves: tiles per SM; 0 on a CPU.
@@ -52,6 +53,7 @@ class Prediction:
     device: str
     direction: Direction
     seconds: float
+    kernel_seconds: tuple[float, ...]
     resources: dict[str, float] = dataclasses.field(hash=False)
     waves: float
     wave_loss: float
@@ -233,20 +235,22 @@ def _on_gpu(
     kernels: list[Kernel], call: Call, on: DeviceRates, masks: Masks, useful: int
 ) -> Prediction:
     resources: dict[str, float] = {}
-    seconds = busy = capacity = waves = computed = 0.0
+    of_kernels: list[float] = []
+    busy = capacity = waves = computed = 0.0
     for kernel in kernels:
         parts, per_tile = roofline.kernel_parts(kernel, call, on, masks)
         weight, count = roofline.merged_kinds(
             per_tile, kernel.kinds[:, 2] * call.batch * call.heads
         )
         busiest = roofline.busiest_sm(weight, count, on.spec.num_sms)
-        seconds += roofline.LAUNCH_SECONDS + max(busiest, parts["l2"], parts["hbm"])
+        of_kernels.append(roofline.LAUNCH_SECONDS + max(busiest, parts["l2"], parts["hbm"]))
         busy += float(weight @ count)
         capacity += busiest * on.spec.num_sms
         waves += int(count.sum()) / on.spec.num_sms
         visits = int(kernel.kinds[:, 0] @ kernel.kinds[:, 2]) * call.batch * call.heads
         computed += visits * kernel.rows * kernel.columns * kernel.products * 2 * call.head_dim
         resources = {name: resources.get(name, 0.0) + part for name, part in parts.items()}
+    seconds = sum(of_kernels)
     if call.direction == "backward":
         # delta = sum of O * dO per query, before the others.
         size = call.head_dim * call.itemsize
@@ -258,6 +262,7 @@ def _on_gpu(
         device=on.spec.kind,
         direction=call.direction,
         seconds=seconds,
+        kernel_seconds=tuple(of_kernels),
         resources=resources,
         waves=waves,
         wave_loss=1 - busy / capacity,
@@ -314,6 +319,7 @@ def _on_cpu(problem: Problem, tiles: Axes, call: Call, useful: int) -> Predictio
         device=problem.device.kind,
         direction=call.direction,
         seconds=time.total * 1e-9,
+        kernel_seconds=(time.total * 1e-9,),
         resources={name: part * 1e-9 for name, part in parts.items()},
         waves=0.0,
         wave_loss=0.0,

@@ -50,6 +50,7 @@ def best_tiles(
     *,
     backward: bool = False,
     additional_keys: int = 0,
+    least_q_run: int = 1,
 ) -> Tiles:
     """The power-of-two tile shapes with the least total work.
 
@@ -62,6 +63,7 @@ def best_tiles(
       dynamic: whether visited tiles start where the outer box starts, or at multiples of their size.
       backward: tiles of the dK and dV walk instead of the forward and dQ walk.
       additional_keys: keys outside the layout that every query sees.
+      least_q_run: tokens that a Q tile has at least on the last axis.
 
     >>> best_tiles(Neighborhood.of(2, window_size=80), (256, 256), 128, 128)
     Tiles(q=(8, 16), kv=(16, 8), backward_q=None, backward_kv=None, dynamic=False)
@@ -73,7 +75,7 @@ def best_tiles(
     neighborhood.check_layout(layout)
     elements = q_elements, kv_elements
     ((tiles, _),) = best_tiles_of_each(
-        (neighborhood,), layout, elements, dynamic, backward, additional_keys
+        (neighborhood,), layout, elements, dynamic, backward, additional_keys, least_q_run
     )
     return tiles
 
@@ -85,12 +87,14 @@ def best_tiles_of_each(
     dynamic: bool,
     backward: bool = False,
     additional_keys: int = 0,
+    least_q_run: int = 1,
 ) -> list[tuple[Tiles, int]]:
     """`best_tiles` of many checked rules on one layout, and their visits, additional tiles counted.
 
     The rules share the tables of the axes they have in common. `elements` are those of a Q and of a KV tile.
     """
     q_shapes, kv_shapes = (power_of_two_shapes(n, len(layout)) for n in elements)
+    q_shapes = tuple(shape for shape in q_shapes if shape[-1] >= least_q_run)
     additional_tiles = -(-additional_keys // elements[1])
     shape = len(neighborhoods), len(q_shapes), len(kv_shapes)
     # 64 bits hold the visits of a billion tokens, even for tiles of one.
