@@ -98,6 +98,11 @@ class TilePlan:
         return math.prod(self.tiles) * math.prod(self.dilation)
 
     @property
+    def is_uneven(self) -> bool:
+        """Whether tiles differ much in work: then those of all heads come before the next, lighter tile."""
+        return any(self.problem.neighborhood.is_causal)
+
+    @property
     def num_parts(self) -> int:
         """Warpgroup parts of all dilation groups of one head."""
         return self.num_tiles * self.num_workers
@@ -147,9 +152,18 @@ class TileWalk:
 
 
 def tile_walk(plan: TilePlan, tile: Any) -> TileWalk:
-    """The walk of own tile number `tile`: dilation groups row-major, tiles of a group row-major."""
+    """The walk of own tile number `tile`: dilation groups row-major, tiles of a group row-major.
+
+    On a causal axis Q tiles are numbered from the last on: the later a query, the more keys it sees, and the GPU starts tiles in
+    their order. KV tiles are not: the earlier a key, the more queries see it.
+    """
     group, number = quotient_and_digit(tile, math.prod(plan.tiles))
     residues, place = _digits(group, plan.dilation), _digits(number, plan.tiles)
+    axes = zip(place, plan.tiles, plan.problem.neighborhood.is_causal, strict=True)
+    place = tuple(
+        count - 1 - digit if is_causal and not plan.is_inverse else digit
+        for digit, count, is_causal in axes
+    )
     lengths = plan.lengths(residues)
     # A multiple of `tile`, so that starts are traced where the tile is: see `BoxPlace`.
     start = tuple(0 * tile + n * size for n, size in zip(place, plan.own, strict=True))

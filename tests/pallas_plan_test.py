@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from attention_suite import Case, case_of, random_case
+from attention_suite import Case, case_1d, case_of, random_case
 
 from gna_jax.tiling import KeyTilePlan, QueryTilePlan, dilation_groups
 from pallas_kernels.plan import TilePlan, part_number, tile_walk
@@ -21,7 +21,11 @@ def plan_of(case: Case, q_tile: tuple[int, ...], kv_tile: tuple[int, ...], inver
 def check_walks(case: Case, plan: TilePlan) -> None:
     tile, seen = 0, set()
     for group, lengths in dilation_groups(case.layout, case.dilation):
-        for place in itertools.product(*map(range, plan.tiles)):
+        order = [
+            reversed(range(count)) if is_causal and not plan.is_inverse else range(count)
+            for count, is_causal in zip(plan.tiles, case.is_causal, strict=True)
+        ]
+        for place in itertools.product(*order):
             start = tuple(n * size for n, size in zip(place, plan.own, strict=True))
             walk = tile_walk(plan, tile)
             assert (walk.residues, walk.own_start, walk.lengths) == (group, start, lengths)
@@ -65,6 +69,14 @@ def test_random_walks(seed, inverse):
     case, rng = random_case(seed, max_tokens=400, max_loops=100), np.random.default_rng(seed)
     sizes = [tuple(int(n) for n in 2 ** rng.integers(0, 4, len(case.layout))) for _ in range(2)]
     check_walks(case, plan_of(case, *sizes, inverse))
+
+
+def test_causal_tiles_get_lighter():
+    case = case_1d(300, -1, is_causal=True)
+    for inverse in (False, True):
+        plan = plan_of(case, (16,), (16,), inverse)
+        visits = [tile_walk(plan, tile).num_visits for tile in range(plan.num_tiles)]
+        assert plan.is_uneven and visits[0] > visits[-1] and visits == sorted(visits, reverse=True)
 
 
 def test_a_walk_with_clean_tiles_on_every_side_of_the_shell():
