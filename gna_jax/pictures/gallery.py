@@ -4,6 +4,7 @@ import os
 import pathlib
 from collections.abc import Callable
 
+from gna_jax.pictures import kernel_timelines
 from gna_jax.pictures.mask import mask_1d
 from gna_jax.pictures.picture import Picture
 from gna_jax.pictures.seen import window
@@ -33,6 +34,10 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "tile-map": lambda: tile_map((64, 64), window_size=24, q_tile=8, kv_tile=8),
     "work-map": lambda: work_map((96, 128), window_size=40, q_tile=8, kv_tile=8),
     "speedup": hunyuan_speedup,
+    "hopper-forward": kernel_timelines.hopper_forward,
+    "hopper-backward": kernel_timelines.hopper_key_gradient,
+    "blackwell-forward": kernel_timelines.blackwell_forward,
+    "blackwell-backward": kernel_timelines.blackwell_key_gradient,
 }
 """Name of the file, without its ending, and what makes the picture."""
 
