@@ -12,6 +12,10 @@ OLDEST_JAX := 0.11.2
 OLDEST_PYTHON := 3.12
 OLDEST_VENV := .venv-oldest
 PYTEST_ARGS ?=
+# Of `make gpu`: a Python that has jax for CUDA and the test tools (default: one is set up), one with torch for CUDA, minutes.
+GPU_PYTHON ?=
+TORCH_PYTHON ?=
+GPU_MINUTES ?= 9
 
 # Most of a test's time is one thread tracing and compiling, so a worker for each of two cores.
 PYTEST = -m pytest -n 2 --dist worksteal
@@ -84,12 +88,26 @@ test-kernels-parts: setup
 test-all: setup ## the tests, those of the GPU kernels and those marked slow: an hour or two
 	@$(VENV)/bin/python $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
-gpu: ## the tests marked gpu, on this machine's GPU
-	@$(MAKE) setup EXTRAS=dev,cuda13
-	@GNA_JAX_TEST_GPU=1 $(VENV)/bin/python -m pytest -m gpu $(PYTEST_ARGS) || { \
-	  status=$$?; \
-	  if [ $$status -ne 5 ]; then exit $$status; fi; \
-	  echo "No test is marked gpu: this version has no GPU kernel, so there is nothing to verify on a GPU."; }
+# Parts go on after a failure: a GPU is rare, and what the next part says is worth having. All of it stays below GPU_MINUTES.
+gpu: ## on this machine's GPU, in 9 minutes: the tests marked gpu, gna-jax verify, the benchmark of published sizes
+	@if [ -z "$(GPU_PYTHON)" ]; then $(MAKE) setup EXTRAS=dev,cuda13; fi
+	@GNA_JAX_TEST_GPU=1 $(MAKE) gpu-parts GPU_STARTED=$(shell date +%s) GPU_PYTHON=$(or $(GPU_PYTHON),$(VENV)/bin/python)
+
+.PHONY: gpu-parts
+gpu-parts: export XLA_PYTHON_CLIENT_PREALLOCATE = false
+gpu-parts: export PYTHONPATH = $(CURDIR)
+gpu-parts:
+	@if ! $(GPU_PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; then \
+	  echo "jax sees no GPU here, so there is nothing to verify on one. Without a GPU: make test-kernels."; exit; \
+	fi; \
+	SECONDS=$$(($$(date +%s) - $(GPU_STARTED))); status=0; \
+	timeout 180 $(GPU_PYTHON) -m pytest -m gpu -n 4 -o faulthandler_timeout=60 $(PYTEST_ARGS) || status=$$?; \
+	timeout 150 $(GPU_PYTHON) -m gna_jax verify || status=$$?; \
+	left=$$((60 * $(GPU_MINUTES) - 30 - SECONDS)); \
+	timeout $$((left + 25)) $(GPU_PYTHON) benchmarks/attention.py --suite published \
+	  --minutes $$(awk "BEGIN {print $$left / 60}") $(if $(TORCH_PYTHON),--torch-python $(TORCH_PYTHON)) $(BENCH_ARGS) || status=$$?; \
+	echo "make gpu: $$SECONDS s, status $$status"; \
+	exit $$status
 
 demo: ## train on 5,000 real digits (about two minutes), pictures in demo/, gna against dense attention
 	@.ci/setup $(VENV) examples $(JAX)

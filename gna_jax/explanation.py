@@ -26,6 +26,7 @@ class Explanation:
     Attributes:
       implementation: name of the backend that runs.
       tiles: query (and key) tiles it uses; None for the dense reference.
+      tiles_from: `"tuned on <date>"` where `gna-jax tune` measured them, else empty.
       reasons: (name, reason) of every implementation that the ladder passed over, in order.
       masked_share: share of the computed query-key pairs that pass through a mask.
       useful_share: share of the computed query-key pairs that attend to each other.
@@ -41,6 +42,7 @@ class Explanation:
 
     implementation: str
     tiles: Tiles | None
+    tiles_from: str
     reasons: tuple[tuple[str, str], ...]
     masked_share: float
     useful_share: float
@@ -61,7 +63,8 @@ class Explanation:
             f" {problem.query_heads} heads ({problem.kv_heads} key/value) x {problem.head_dim}",
             f"  window    {by(rule.window_size)}, stride {by(rule.stride)}, dilation {by(rule.dilation)}"
             + (f", causal axes {causal}" if causal else ""),
-            f"  tiles     {_tiles(self.tiles)}",
+            f"  tiles     {_tiles(self.tiles)}"
+            + (f" ({self.tiles_from})" if self.tiles_from else ""),
             f"  pairs     {self.dense_share:.2%} of dense attention computed;"
             f" {self.useful_share:.1%} of those are attended, {self.masked_share:.1%} pass a mask",
             f"  forward   {self._times()}",
@@ -139,6 +142,7 @@ def explain(
     return Explanation(
         implementation=choice.name,
         tiles=work.tiles,
+        tiles_from=work.tiles_from,
         reasons=choice.reasons,
         masked_share=work.masked_pairs / work.computed_pairs,
         useful_share=attended / work.computed_pairs,

@@ -99,6 +99,7 @@ class Workload:
       masked_pairs: those of them that pass through a mask.
       seconds: predicted time of the forward, for all samples and heads; None where nothing is known.
       copies: what it must copy before it can read it, for people.
+      tiles_from: where the tiles come from, for people; empty where the call names them or a count chose them.
     """
 
     tiles: Tiles | None
@@ -106,6 +107,7 @@ class Workload:
     masked_pairs: int
     seconds: float | None
     copies: tuple[str, ...] = ()
+    tiles_from: str = ""
 
 
 def describe(

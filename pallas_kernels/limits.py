@@ -158,7 +158,7 @@ def forward_plan(problem: Problem, tiles: Tiles) -> TilePlan:
 
 
 def query_gradient_plan(problem: Problem, tiles: Tiles) -> TilePlan:
-    """DQ walks as the forward does. On Blackwell a block takes half a Q tile of two parts: tensor memory holds no more."""
+    """DQ walks as the forward does. On Blackwell a block takes one part of the Q tile: tensor memory holds no more."""
     plan = forward_plan(problem, tiles)
     if generation_of(problem) is not BLACKWELL:
         return plan
@@ -166,9 +166,12 @@ def query_gradient_plan(problem: Problem, tiles: Tiles) -> TilePlan:
 
 
 def key_gradient_plan(problem: Problem, tiles: Tiles) -> TilePlan:
-    """DK and dV: a block owns a KV tile and visits Q tiles."""
+    """DK and dV: a block owns a KV tile and visits Q tiles. On Blackwell it owns one part of the KV tile."""
     kv_tile = tiles.backward_kv or tiles.q
-    return _plan(problem, tiles.backward_q or kv_tile, kv_tile, is_inverse=True)
+    plan = _plan(problem, tiles.backward_q or kv_tile, kv_tile, is_inverse=True)
+    if generation_of(problem) is not BLACKWELL:
+        return plan
+    return dataclasses.replace(plan, kv_tile=plan.part, num_workers=1)
 
 
 def _plan(

@@ -59,21 +59,25 @@ def update(
     return Softmax(out, largest, total), weights
 
 
-def pass_largest(
+def signed(scores: jax.Array, scale: float) -> jax.Array:
+    """Scores in the order of their weights: `exponent_scale` has lost the sign of `scale`."""
+    return scores if scale > 0 else scores * (-1.0 if scale else 0.0)
+
+
+def move_largest(
     state: Statistics, scores: Sequence[jax.Array], scale: float
 ) -> tuple[Statistics, jax.Array, jax.Array]:
-    """First half of a lazy step: the state without the tile's sum, decay of each row's output, and whether any row decays.
+    """First half of a lazy step: the state before the tile's weights, each row's decay of the output, and whether any decays.
 
     What counts as a row's largest score moves only where a score passes it by more than `LARGEST_WEIGHT_LOG2`. Weights and
     sums are relative to it, so the result is the same; weights are at most 256.
 
     Args:
       state: of the tiles before.
-      scores: the tile's, in blocks of columns, hidden ones -inf, with the sign of `scale`: see `signed`.
+      scores: the tile's, in blocks of columns, `signed`, hidden ones -inf.
       scale: of the scores.
     """
-    factor = exponent_scale(scale)
-    largest = state.largest
+    factor, largest = exponent_scale(scale), state.largest
     for block in scores:
         largest = jnp.maximum(largest, block.max(axis=1))
     growth = (largest - state.largest) * factor
@@ -82,15 +86,8 @@ def pass_largest(
     return Statistics(largest, state.total * decay), decay, growth.max() > LARGEST_WEIGHT_LOG2
 
 
-def signed(scores: jax.Array, scale: float) -> jax.Array:
-    """Scores in the order of their weights: `exponent_scale` has lost the sign of `scale`."""
-    return scores if scale > 0 else scores * (-1.0 if scale else 0.0)
-
-
-def weigh(
-    state: Statistics, scores: jax.Array, scale: float
-) -> tuple[Statistics, jax.Array]:
-    """Second half of a lazy step, by blocks of columns: the state with the block's weights summed, and its weights."""
+def weigh(state: Statistics, scores: jax.Array, scale: float) -> tuple[Statistics, jax.Array]:
+    """Second half of a lazy step, a block of columns at a time: the state with the block's weights summed, and the weights."""
     factor = exponent_scale(scale)
     offset = lax.broadcast_in_dim(state.largest * factor, scores.shape, (0,))
     weights = jnp.exp2(scores * factor - offset)

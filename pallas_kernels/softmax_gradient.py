@@ -39,28 +39,3 @@ def gradient_of_scores(
 
 def _spread(statistic: jax.Array, scores: jax.Array, query_axis: int) -> jax.Array:
     return lax.broadcast_in_dim(statistic, scores.shape, (query_axis,))
-
-
-def weights_and_gradient(
-    scores: jax.Array,
-    products: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    mask: jax.Array | None,
-    *,
-    scale: float,
-    query_axis: int,
-) -> tuple[jax.Array, jax.Array]:
-    """`P = exp(scale * S - lse)` and `dS / scale = P * (dO V^T - delta)`; hidden pairs are exactly 0 in both.
-
-    Args:
-      scores: S, query times key, not scaled: [queries, keys], or [keys, queries].
-      products: dO V^T in the same order.
-      lse: one per query, in base 2.
-      delta: one per query, see `row_statistics.delta`.
-      mask: whether the query sees the key; None where every one does.
-      scale: the call's. The gradient leaves it out: it is applied once, to dQ and dK.
-      query_axis: the axis of scores that counts queries.
-    """
-    weights = weights_of(scores, lse, mask, scale=scale, query_axis=query_axis)
-    return weights, gradient_of_scores(weights, products, delta, query_axis=query_axis)

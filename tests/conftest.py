@@ -31,3 +31,25 @@ def optimisation(request):
     """Compile with or without XLA's optimisations."""
     quickly = ALL_UNOPTIMISED or request.module.__name__ not in OPTIMISED
     jax.config.update("jax_disable_most_optimizations", quickly)
+
+
+@pytest.fixture(autouse=True)
+def races_of_wgmma(request, monkeypatch):
+    """Race detection for wgmma's operands: the interpreter reads them unseen, so kernels' tests read them once more before.
+
+    Reads are ordered with what copies write by barriers alone, as wgmma's are; the fence after them is for these reads.
+    """
+    if request.node.get_closest_marker("kernel") is None:
+        return
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    wgmma = plgpu.wgmma
+
+    def read_and_multiply(accumulator, left, right):
+        for operand in (left, right):
+            if not isinstance(operand, jax.Array):
+                operand[...]
+        plgpu.commit_smem()
+        wgmma(accumulator, left, right)
+
+    monkeypatch.setattr(plgpu, "wgmma", read_and_multiply)

@@ -1,22 +1,19 @@
-"""The Hopper forward: values and lse in the interpreter against float64, resources from the compiler, no GPU needed."""
+"""The Hopper forward: values and lse in the interpreter against float64, no GPU needed. Resources: `kernel_resources_test.py`."""
 
 import ast
 import itertools
 import math
 from pathlib import Path
 
-import gpu_compile
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from attention_suite import Case, case_1d, case_of, check_array, oracle
-from gpu_compile import Call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gna_jax.device import KNOWN_DEVICES
-from gna_jax.neighborhood import Neighborhood
 from gna_jax.problem import Operands, Problem, describe
 from gna_jax.tiling import Tiles
 from pallas_kernels import hopper_forward, limits, online_softmax
@@ -188,50 +185,6 @@ def test_rows_without_a_key_are_zero_and_free_of_nan():
     state, weights = online_softmax.update(state, scores, mask, 1.0)
     np.testing.assert_array_equal(state.total, [0, 4])
     assert np.isfinite(state.largest).all()
-
-
-RESOURCES = (
-    Call((32768,), (2048,), (128,), (128,)),
-    Call((256, 256), (80, 80), (8, 16), (16, 8), batch=2),
-    Call((30, 48, 80), (18, 24, 24), (2, 8, 8), (2, 8, 8), batch=2, dtype="float16"),
-    Call((30, 48, 80), (6, 8, 8), (2, 8, 8), (2, 8, 8), 1, 3, True, batch=2, heads_per_kv=2),
-    Call((256, 256), (80, 80), (8, 16), (16, 8), head_dim=64),
-    Call((30, 48, 80), (18, 24, 24), (1, 8, 8), (2, 8, 8), head_dim=64),
-    Call((5, 6), (3, 3), (8, 16), (4, 16), head_dim=32),
-)
-
-
-@pytest.mark.skipif(not gpu_compile.is_possible(), reason=gpu_compile.MISSING)
-@pytest.mark.parametrize(
-    "call", RESOURCES, ids=lambda c: f"{len(c.layout)}d-{c.head_dim}-{c.batch}-{c.dilation}"
-)
-def test_compiled_without_spills(call):
-    """Registers, shared memory and instructions of the device form: what the interpreter cannot see."""
-    got = gpu_compile.resources(call)
-    rule = Neighborhood.of(
-        len(call.layout),
-        window_size=call.window_size,
-        stride=call.stride,
-        dilation=call.dilation,
-        is_causal=call.is_causal,
-    )
-    heads = (call.kv_heads * call.heads_per_kv, call.kv_heads, call.kv_heads)
-    arrays = [
-        jax.ShapeDtypeStruct((call.batch, *call.layout, n, call.head_dim), call.dtype)
-        for n in heads
-    ]
-    problem = describe(Operands(*arrays), rule, scale=None, precision=None, device=H200)
-    plan = limits.forward_plan(problem, Tiles(q=call.q_tile, kv=call.kv_tile))
-    assert got["spill_bytes"] == got["stack_bytes"] == got["serialized_wgmma"] == 0
-    even_share = (1 << 16) // (128 * (plan.num_workers + 1))
-    assert got["registers"] <= even_share  # at launch: `set_max_registers` moves them
-    assert got["smem_bytes"] <= limits.smem_bytes(plan, 1)
-    # Boxes, not rows: one copy per chunk of Q, K and V and place in the program, of all axes, columns and batch together.
-    assert got["load_rank"] == len(call.layout) + 1 + (call.batch > 1 or call.dilation > 1)
-    chunks = -(-call.head_dim // 64)
-    assert got["stores"] == chunks
-    assert got["loads"] >= 3 * chunks
-    assert got["wgmma"] >= call.head_dim // 16 + chunks * math.prod(call.kv_tile) // 16
 
 
 def test_no_strided_slices():

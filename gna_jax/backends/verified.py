@@ -32,11 +32,15 @@ def write_stamp(implementation: str, device: DeviceSpec, report: dict) -> pathli
 
 
 def stamp_path(implementation: str, device: DeviceSpec) -> pathlib.Path:
-    """Where the stamp lies: `$XDG_CACHE_HOME/gna_jax/verified/<implementation>-<kind>-<version>.json`."""
+    """Where the stamp lies: `machine_file("verified", ..)`, the implementation's name before the device's."""
+    return machine_file("verified", device, f"{implementation}-")
+
+
+def machine_file(folder: str, device: DeviceSpec, prefix: str = "") -> pathlib.Path:
+    """What this machine keeps of a kind of device: `$XDG_CACHE_HOME/gna_jax/<folder>/<prefix><kind>-<version>.json`."""
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     kind = re.sub(r"[^a-z0-9]+", "-", device.kind.lower())
-    name = f"{implementation}-{kind}-{_version()}.json"
-    return pathlib.Path(cache) / "gna_jax" / "verified" / name
+    return pathlib.Path(cache) / "gna_jax" / folder / f"{prefix}{kind}-{_version()}.json"
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""The command line `gna-jax`: what would run for a shape and why, what a window costs, what a GPU kernel takes, and pictures.
+"""The command line `gna-jax`: what would run for a shape and why, what a window costs, what a GPU kernel takes, whether
+it is right on this machine, and pictures.
 
 Only argument parsing and printing live here, a module per command; every answer comes from the package's public functions.
 """
@@ -13,6 +14,8 @@ from gna_jax.cli.draw import draw
 from gna_jax.cli.explain import explain
 from gna_jax.cli.inspect import inspect
 from gna_jax.cli.simulate import simulate
+from gna_jax.cli.tune import tune
+from gna_jax.cli.verify import verify
 
 app = typer.Typer(
     help="Neighborhood attention (GNA) for JAX.", no_args_is_help=True, add_completion=False
@@ -22,6 +25,8 @@ app = typer.Typer(
 app.command(no_args_is_help=True)(explain)
 app.command(no_args_is_help=True)(inspect)
 app.command(no_args_is_help=True)(simulate)
+app.command(no_args_is_help=True)(tune)
+app.command()(verify)
 app.add_typer(draw, name="draw")
 
 

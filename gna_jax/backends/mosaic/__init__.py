@@ -27,7 +27,7 @@ from gna_jax.backends.mosaic.partitioning import (
     token_axes,
 )
 from gna_jax.backends.mosaic.partitioning import QUERY_HEADS
-from gna_jax.backends.mosaic.tiles import complete
+from gna_jax.backends.mosaic.tiles import complete, origin
 from gna_jax.merge import merge_attentions
 from gna_jax.problem import Operands, Problem, Workload
 from gna_jax.simulator import Simulation, predict
@@ -119,7 +119,7 @@ def _backward(
 
 def workload(problem: Problem, tiles: Tiles | None) -> Workload:
     """The tiles of the kernels, the pairs their forward computes, and the copies around it."""
-    tiles = complete(problem, tiles)
+    tiles_from, tiles = origin(problem, tiles), complete(problem, tiles)
     simulation = Simulation.of(problem.neighborhood, problem.global_layout, tiles)
     counts = simulation.forward
     pairs = counts.tile_elements * counts.visited_elements
@@ -140,6 +140,7 @@ def workload(problem: Problem, tiles: Tiles | None) -> Workload:
         masked_pairs=counts.partial * pairs,
         seconds=predicted,
         copies=tuple(_copies(problem)),
+        tiles_from=tiles_from,
     )
 
 

@@ -63,13 +63,15 @@ def kernels(problem: Problem, tiles: Tiles) -> tuple[Kernel, ...]:
     gradient_arguments = (operands, operands.query, row, row)
 
     def forward(operands: Operands) -> Any:
-        return modules[FORWARD].forward(problem, operands, tiles)
+        return modules[FORWARD].forward(problem, operands, tiles, interpretation(problem))
 
     def query_gradient(operands: Operands, *rest: jax.Array) -> Any:
-        return modules[QUERY_GRADIENT].query_gradient(problem, operands, tiles, *rest)
+        arguments = problem, operands, tiles, *rest, interpretation(problem)
+        return modules[QUERY_GRADIENT].query_gradient(*arguments)
 
     def key_gradients(operands: Operands, *rest: jax.Array) -> Any:
-        return modules[KEY_GRADIENT].key_gradients(problem, operands, tiles, *rest)
+        arguments = problem, operands, tiles, *rest, interpretation(problem)
+        return modules[KEY_GRADIENT].key_gradients(*arguments)
 
     return tuple(
         Kernel(modules[job].__name__.rpartition(".")[2], direction, call, arguments, plan)

@@ -1,15 +1,54 @@
-"""Tile shapes of a call: the caller's, or those that the simulator counts the least work for."""
+"""Tile shapes of a call: the caller's, else measured ones (`tuned`), else those that the simulator counts the least work for."""
 
 import dataclasses
+import itertools
 
+from gna_jax.backends.mosaic import tuned
+from gna_jax.backends.mosaic.head_dims import pad_problem
 from gna_jax.problem import Problem
-from gna_jax.simulator.tile_shapes import best_tiles
+from gna_jax.simulator.roofline import Direction
+from gna_jax.simulator.tile_shapes import best_tiles, power_of_two_shapes
 from gna_jax.tiling import Tiles
 from pallas_kernels import limits
 
 
 def complete(problem: Problem, tiles: Tiles | None) -> Tiles:
-    """All four shapes: what the caller left out is chosen. `supports` has accepted the rest."""
+    """All four shapes: what the caller left out is chosen. `supports` has accepted the rest.
+
+    Raises:
+      RuntimeError: where a table of tuned tiles cannot be read, or has tiles for this call that the kernels refuse.
+    """
+    found = None if _is_complete(tiles) else tuned.lookup(problem)
+    if found is None:
+        return counted(problem, tiles)
+    entry, path = found
+    chosen = entry.tiles
+    if tiles is not None:
+        chosen = with_backward(tiles, entry.backward.q, entry.backward.kv)
+    # The caller's part is legal, so what is refused is the table's.
+    reason = limits.supports(pad_problem(problem), chosen)
+    if reason is not None:
+        raise RuntimeError(
+            f"{path}: the kernels refuse the tuned tiles of {tuned.key(problem)!r}: {reason}."
+            " Run `gna-jax tune` again for this call, remove the entry, or pass tiles= yourself"
+        )
+    return chosen
+
+
+def origin(problem: Problem, tiles: Tiles | None) -> str:
+    """For people: which of the tiles of `complete` were measured, and when; empty where none were."""
+    found = None if _is_complete(tiles) else tuned.lookup(problem)
+    if found is None:
+        return ""
+    return f"{'' if tiles is None else 'backward '}tuned on {found[0].date}"
+
+
+def _is_complete(tiles: Tiles | None) -> bool:
+    return tiles is not None and tiles.backward_q is not None
+
+
+def counted(problem: Problem, tiles: Tiles | None = None) -> Tiles:
+    """`complete` without tables: the simulator's count decides."""
     generation = limits.generation_of(problem) or limits.HOPPER
     rule, layout = problem.neighborhood, problem.global_layout
     if tiles is None:
@@ -30,5 +69,38 @@ def complete(problem: Problem, tiles: Tiles | None) -> Tiles:
             backward=True,
             least_q_run=limits.ALIGNED_FLOATS,
         )
-        tiles = dataclasses.replace(tiles, backward_q=backward.q, backward_kv=backward.kv)
+        tiles = with_backward(tiles, backward.q, backward.kv)
     return tiles
+
+
+def with_backward(tiles: Tiles, q: tuple[int, ...], kv: tuple[int, ...] | None) -> Tiles:
+    """`tiles` with these shapes for dK and dV."""
+    return dataclasses.replace(tiles, backward_q=q, backward_kv=kv)
+
+
+def legal_tiles(problem: Problem, direction: Direction) -> tuple[Tiles, ...]:
+    """All four shapes of every choice of a direction's pair of power-of-two shapes; the other direction's are `counted`.
+
+    The backward's are those of dK and dV: dQ takes the forward's. Two choices that make the same kernel count once.
+    """
+    padded, default = pad_problem(problem), counted(problem)
+    generation = limits.generation_of(problem) or limits.HOPPER
+    is_forward = direction == "forward"
+    own = [generation.rows * workers for workers in range(1, limits.MAX_WORKERS + 1)]
+    most = generation.most_columns if is_forward else generation.most_backward_columns
+    visited = [1 << power for power in range(most.bit_length())]
+    own_shapes, visited_shapes = (
+        [shape for number in numbers for shape in power_of_two_shapes(number, problem.rank)]
+        for numbers in (own, visited)
+    )
+    legal = []
+    for mine, theirs in itertools.product(own_shapes, visited_shapes):
+        if is_forward:
+            tiles = dataclasses.replace(default, q=mine, kv=theirs)
+        else:
+            tiles = with_backward(default, theirs, mine)
+        if limits.supports(padded, tiles) is None and (
+            is_forward or limits.key_gradient_plan(padded, tiles).kv_tile == mine
+        ):
+            legal.append(tiles)
+    return tuple(legal)

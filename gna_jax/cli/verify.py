@@ -1,0 +1,121 @@
+"""`gna-jax verify`: does a GPU kernel give right results on this machine? If so, the default takes it here."""
+
+import contextlib
+import datetime
+import sys
+from typing import Annotated
+
+import jax
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+import gna_jax
+from gna_jax import verification
+from gna_jax.backends.verified import write_stamp
+from gna_jax.cli.arguments import plain_errors
+from gna_jax.device import DeviceSpec
+from gna_jax.interpreter import interpret_gpu
+from gna_jax.verification import Outcome, Trial
+
+
+def verify(
+    implementation: Annotated[str, typer.Option(help="the kernels to run")] = "mosaic",
+    interpret: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="run only the small calls, in JAX's interpreter as this GPU (h100, h200, b200); writes no stamp",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the data")] = 0,
+) -> None:
+    """Compare a kernel's results and gradients with float32 attention on this machine's GPU; under two minutes.
+
+    Where all are right, a stamp is written and `gna` takes the kernel here by default. Else the exit status is 1.
+    """
+    console = Console()
+    trials = tuple(t for t in verification.TRIALS if t.is_small or interpret is None)
+    with plain_errors():
+        with contextlib.nullcontext() if interpret is None else interpret_gpu(interpret):
+            device = verification.this_gpu() if interpret is None else None
+            outcomes = _run(implementation, trials, seed)
+        where = device.kind if device is not None else f"{interpret}, interpreted"
+        console.print(_table(outcomes, implementation, where))
+        if not all(outcome.is_right for outcome in outcomes):
+            raise RuntimeError(_failed(implementation, outcomes))
+    say = f"{implementation} is right in {len(outcomes)} calls, forward and backward"
+    if device is None:
+        typer.echo(f"{say}, interpreted as {interpret}: no stamp is written")
+        return
+    path = write_stamp(implementation, device, stamp(outcomes, device, seed))
+    typer.echo(f"{say}: gna takes it on {device.kind} by default from now on\nstamp: {path}")
+
+
+def stamp(outcomes: tuple[Outcome, ...], device: DeviceSpec, seed: int) -> dict:
+    """What was compared, where, with which versions, and the largest errors."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device.kind,
+        "versions": _versions(),
+        "seed": seed,
+        "errors": {f"{o.trial.dtype} {o.trial}": o.errors for o in outcomes},
+    }
+
+
+def _versions() -> dict[str, str]:
+    python = sys.version.split()[0]
+    return {"gna_jax": gna_jax.__version__, "jax": jax.__version__, "python": python}
+
+
+def _run(implementation: str, trials: tuple[Trial, ...], seed: int) -> tuple[Outcome, ...]:
+    """Every trial, with a progress bar on stderr."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(implementation, total=len(trials))
+        return verification.verify(
+            implementation, trials, seed=seed, report=lambda outcome: progress.advance(task)
+        )
+
+
+def _table(outcomes: tuple[Outcome, ...], implementation: str, where: str) -> Table:
+    """A row per trial; what is wrong in red."""
+    table = Table(
+        title=f"{implementation} on {where}: error against float32, share of the largest entry",
+        title_justify="left",
+    )
+    names = ("out", "lse", "d query", "d key", "d value", "d additional")
+    for column in ("call", "dtype", *names, "same twice"):
+        table.add_column(column, justify="left" if column == "call" else "right")
+    for outcome in outcomes:
+        if outcome.failure:
+            failure = Text(outcome.failure[:200], "bold red")
+            table.add_row(Text(str(outcome.trial)), outcome.trial.dtype, failure)
+            continue
+        cells = [_error(outcome, name) for name in names]
+        same = Text("yes") if outcome.is_repeatable else Text("NO", "bold red")
+        table.add_row(Text(str(outcome.trial)), outcome.trial.dtype, *cells, same)
+    return table
+
+
+def _error(outcome: Outcome, column: str) -> Text:
+    """The largest error of the arrays that a column stands for."""
+    wrong, largest = False, None
+    for name, error in outcome.errors.items():
+        if name == column or (column == "d additional" and name.startswith(column)):
+            wrong |= not error <= verification.tolerance(name, outcome.trial.dtype)
+            largest = error if largest is None or not error <= largest else largest
+    return Text("" if largest is None else f"{largest:.1e}", "bold red" if wrong else "")
+
+
+def _failed(implementation: str, outcomes: tuple[Outcome, ...]) -> str:
+    wrong = [outcome for outcome in outcomes if not outcome.is_right]
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    first = wrong[0]
+    return (
+        f"{implementation} is wrong in {len(wrong)} of {len(outcomes)} calls on {jax.devices()[0].device_kind}; no stamp is"
+        " written, and gna's default runs 'xla' as before. Please report the table above and this line: "
+        f"{versions}, {first.trial.dtype} {first.trial}: {first.failure[:300] or first.errors}"
+    )
