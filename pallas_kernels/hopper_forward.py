@@ -23,17 +23,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gna_jax.problem import Operands, Problem
 from gna_jax.tiling import Tiles
 from pallas_kernels import masks
+from pallas_kernels.hopper_warpgroups import COLUMN, REGISTERS, ROW
 from pallas_kernels.limits import forward_plan
 from pallas_kernels.online_softmax import LEAST, Softmax, exponent_scale, update
 from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
 from pallas_kernels.row_statistics import from_parts
 from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
-
-REGISTERS = {1: (240, 56), 2: (224, 56)}
-"""Registers per thread of workers and of the producer, by number of workers: 64 Ki registers per block at most."""
-
-ROW = plgpu.Layout.WGMMA.reduce(1)
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def forward(

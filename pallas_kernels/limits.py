@@ -11,6 +11,7 @@ from gna_jax.problem import Problem
 from gna_jax.tiling import Tiles
 from pallas_kernels.plan import TilePlan
 from pallas_kernels.row_statistics import ALIGNED_FLOATS
+from pallas_kernels.token_boxes import WIDEST_CHUNK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,6 @@ GENERATIONS = (HOPPER, BLACKWELL)
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (32, 64, 128)
 MAX_WORKERS = 2
-MMA_DEPTH = 16
-"""Tokens per step of a 16-bit matrix instruction along the axis it sums over: visited tiles are multiples of it."""
 LONGEST_BOX_SIDE = 256
 """Tokens per axis of a TMA box."""
 STAGES = 2
@@ -140,9 +139,11 @@ def _refused_tiles(problem: Problem, tiles: Tiles, generation: Generation) -> st
     for name, shape in own.items():
         if math.prod(shape) not in rows:
             return f"on {generation.name} tiles.{name} has {rows[0]} or {rows[1]} tokens, not {math.prod(shape)}; {got}"
+    # Visited tokens are what the second product sums over, and an operand spans whole swizzle patterns of a chunk's width.
+    least = min(WIDEST_CHUNK, problem.head_dim)
     for name, (shape, most) in visited.items():
-        if math.prod(shape) % MMA_DEPTH or math.prod(shape) > most:
-            return f"on {generation.name} tiles.{name} has a multiple of {MMA_DEPTH} and at most {most} tokens, not {math.prod(shape)}; {got}"
+        if math.prod(shape) % least or math.prod(shape) > most:
+            return f"on {generation.name} tiles.{name} has {least} to {most} tokens with head_dim {problem.head_dim}, not {math.prod(shape)}; {got}"
     needed = max(smem_bytes(plan(problem, tiles), own_arrays) for plan, own_arrays in plans)
     if needed > problem.device.smem_bytes:
         return (

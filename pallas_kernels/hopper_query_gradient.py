@@ -1,0 +1,288 @@
+"""Gradient of the queries on Hopper: dQ of one Q tile of one head per thread block, by wgmma and TMA.
+
+Walk and roles are the forward's: a producer streams KV tiles, each worker holds 64 queries. Their Q and dO stay in shared
+memory, dQ in registers; per visit S = Q K^T, dP = dO V^T, and dQ += dS K. Nothing is shared between blocks: the sum's order
+is fixed, and so are the bits.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gna_jax.problem import Operands, Problem
+from gna_jax.tiling import Tiles
+from pallas_kernels import hopper_warpgroups as warpgroups
+from pallas_kernels import masks
+from pallas_kernels.hopper_warpgroups import COLUMN, REGISTERS, ROW
+from pallas_kernels.limits import query_gradient_plan
+from pallas_kernels.online_softmax import LOG2_E
+from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
+from pallas_kernels.row_statistics import to_parts
+from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
+from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
+
+COLUMNS = 64
+"""Keys whose scores a worker holds at a time: 32 registers of S and 32 of dP beside 64 of dQ."""
+
+
+def query_gradient(
+    problem: Problem,
+    operands: Operands,
+    tiles: Tiles,
+    out_cotangent: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    interpret: Any = None,
+) -> jax.Array:
+    """`dQ = scale * (P * (dO V^T - delta)) K`, `[B, *space, N, H]` in the operands' dtype.
+
+    Args:
+      problem, tiles: what `supports` accepts.
+      operands: query [B, *space, N, H], key and value [B, *space, K, H].
+      out_cotangent: dO [B, *space, N, H], in the operands' dtype.
+      lse: [B, *space, N] float32, natural log.
+      delta: [B, *space, N] float32, see `row_statistics.delta`.
+      interpret: `plgpu.InterpretGPUParams` to run in the interpreter on a CPU, None on a GPU.
+    """
+    kernel = QueryGradientKernel(query_gradient_plan(problem, tiles), interpret is not None)
+    queries, keys, plan = kernel.queries, kernel.keys, kernel.plan
+    (gradient,) = warpgroups.launch(
+        kernel.body,
+        plan,
+        heads=problem.query_heads,
+        outputs=[
+            jax.ShapeDtypeStruct(queries.shape(problem.batch, problem.query_layout), problem.dtype)
+        ],
+        scratch=kernel.scratch(),
+        interpret=interpret,
+    )(
+        queries.split(operands.query),
+        queries.split(out_cotangent),
+        keys.split(operands.key),
+        keys.split(operands.value),
+        to_parts(plan, lse * LOG2_E),
+        to_parts(plan, delta),
+    )
+    return queries.merge(gradient, problem.query_layout)
+
+
+class Memory(NamedTuple):
+    """A block's references: arrays in memory, scratch in shared memory, barriers."""
+
+    query: Any
+    out_cotangent: Any
+    key: Any
+    value: Any
+    lse: Any
+    delta: Any
+    gradient: Any
+    query_slots: Any
+    cotangent_slots: Any
+    key_slots: Any
+    value_slots: Any
+    lse_rows: Any
+    delta_rows: Any
+    notes: Any
+    own_ready: Any
+    ready: Any
+    free: Any
+    staging: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryGradientKernel:
+    """The kernel of one plan.
+
+    Args:
+      plan: tiles and walk.
+      interpreted: whether the interpreter runs it; see `token_boxes` and `hopper_warpgroups.add_products`.
+    """
+
+    plan: TilePlan
+    interpreted: bool
+
+    @property
+    def queries(self) -> TokenArray:
+        """How query, out's cotangent and the gradient lie."""
+        problem = self.plan.problem
+        return TokenArray(self.plan.dilation, problem.query_heads, problem.head_dim)
+
+    @property
+    def keys(self) -> TokenArray:
+        """How key and value lie."""
+        problem = self.plan.problem
+        return TokenArray(self.plan.dilation, problem.kv_heads, problem.head_dim)
+
+    @property
+    def query_buffer(self) -> BoxBuffer:
+        """One slot per worker: its queries, at the end their gradient; and the like for out's cotangent."""
+        return BoxBuffer(self.queries, self.plan.part, self.plan.num_workers, self.interpreted)
+
+    @property
+    def key_buffer(self) -> BoxBuffer:
+        """One slot per stage."""
+        return BoxBuffer(self.keys, self.plan.kv_tile, self.plan.stages, self.interpreted)
+
+    @property
+    def width(self) -> int:
+        """Keys of a slice of a visited tile."""
+        return min(COLUMNS, self.plan.columns)
+
+    def scratch(self) -> list[Any]:
+        """Shared memory and barriers in the order of `Memory`."""
+        plan, dtype = self.plan, self.plan.problem.dtype
+        own, visited = self.query_buffer, self.key_buffer
+        rows = plgpu.SMEM((plan.num_workers, plan.rows), jnp.float32)
+        scratch = [
+            *(own.scratch(dtype) for _ in range(2)),
+            *(visited.scratch(dtype) for _ in range(2)),
+            rows,
+            rows,
+            warpgroups.notes_of(plan),
+            plgpu.Barrier(num_arrivals=2 * own.num_copies + 2, num_barriers=plan.num_workers),
+            plgpu.Barrier(num_arrivals=2 * visited.num_copies + 1, num_barriers=plan.stages),
+            plgpu.Barrier(num_arrivals=plan.num_workers, num_barriers=plan.stages),
+        ]
+        if self.interpreted:
+            scratch.append(plgpu.SMEM((plan.num_workers, plan.rows, self.width), dtype))
+        return scratch
+
+    def body(self, *references: Any) -> None:
+        """One block: workers and producer."""
+        memory = Memory(*references)
+        warpgroups.take_roles(
+            self.plan.num_workers,
+            REGISTERS[self.plan.num_workers],
+            lambda worker: self._work(memory, worker),
+            lambda: self._produce(memory, self._walk()),
+        )
+
+    def _walk(self) -> TileWalk:
+        """Computed in each role anew: scalars that lived through the fork of roles would cost both of them registers."""
+        return tile_walk(self.plan, lax.axis_index("tile"))
+
+    def _place(self, walk: TileWalk, start: Any, *, is_key: bool) -> BoxPlace:
+        head = lax.axis_index("head")
+        if is_key and self.plan.problem.heads_per_kv > 1:
+            head = lax.div(head, jnp.int32(self.plan.problem.heads_per_kv))
+        return BoxPlace(lax.axis_index("batch"), head, walk.residues, tuple(start))
+
+    def _produce(self, memory: Memory, walk: TileWalk) -> None:
+        """Starts the copies of every visited KV tile, as soon as the slot is free."""
+        stages, buffer = self.plan.stages, self.key_buffer
+
+        def load(slot: Any, start: Any) -> None:
+            place, ready = self._place(walk, start, is_key=True), memory.ready.at[slot]
+            buffer.load(memory.key, memory.key_slots, slot, place, ready)
+            buffer.load(memory.value, memory.value_slots, slot, place, ready)
+            warpgroups.note(memory.notes, slot, start)
+            plgpu.barrier_arrive(ready)
+
+        clean = lambda step, slot: load(slot, walk.clean_tile(step))
+        shell = lambda step, slot: load(slot, walk.shell_tile(step - walk.num_clean))
+        warpgroups.fill_slots(jnp.int32(0), walk.num_clean, stages, memory.free, clean)
+        warpgroups.fill_slots(walk.num_clean, walk.num_visits, stages, memory.free, shell)
+        warpgroups.drain_slots(walk.num_visits, stages, memory.free)
+
+    def _work(self, memory: Memory, worker: Any) -> None:
+        """The gradient of a worker's part, written out.
+
+        Registers are short: what a later stage needs is noted in shared memory, even the worker's number is asked for anew, and
+        what only the shell needs is computed after the clean loop.
+        """
+        plan = self.plan
+        visits, statistics = self._load_own(memory, worker)
+        clean = functools.partial(self._visit, memory, worker, statistics, mask=lambda *_: None)
+        sums = (warpgroups.zeros(plan.rows, self.queries.chunk),) * self.queries.num_chunks
+        sums = lax.fori_loop(jnp.int32(0), visits[0], clean, sums)
+        worker = lax.axis_index("warpgroup")
+        place = warpgroups.noted_place(plan, memory.notes, plan.stages + worker)
+        rows = masks.digits(warpgroups.iota(plan.rows, ROW), plan.part)
+        queries = tuple(first + row for first, row in zip(place.start, rows, strict=True))
+        lengths = plan.lengths(place.residues)
+        intervals = masks.key_intervals(plan.problem.neighborhood.axes, queries, lengths)
+
+        def mask(slot: Any, column: int) -> jax.Array:
+            keys = masks.digits(warpgroups.iota(self.width, COLUMN) + column, plan.kv_tile)
+            first = warpgroups.noted(memory.notes, slot, plan.problem.rank)
+            return masks.seen(intervals, first, keys, (plan.rows, self.width))
+
+        shell = functools.partial(self._visit, memory, worker, statistics, mask=mask)
+        visits = warpgroups.noted_visits(memory.notes, plan.stages + worker)
+        self._write(memory, lax.fori_loop(*visits, shell, sums))
+
+    def _load_own(self, memory: Memory, worker: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """Fetches the part's Q and dO to shared memory, notes place and visits; returns the visits, and lse and delta."""
+        plan, walk, buffer = self.plan, self._walk(), self.query_buffer
+        start = list(walk.own_start)
+        start[plan.split_axis] = start[plan.split_axis] + worker * plan.part[plan.split_axis]
+        place = self._place(walk, start, is_key=False)
+        ready = memory.own_ready.at[worker]
+        buffer.load(memory.query, memory.query_slots, worker, place, ready)
+        buffer.load(memory.out_cotangent, memory.cotangent_slots, worker, place, ready)
+        part = part_number(plan, walk, start)
+        rows = (memory.lse, memory.lse_rows), (memory.delta, memory.delta_rows)
+        for outside, inside in rows:
+            source = outside.at[place.batch, place.head, part]
+            plgpu.copy_gmem_to_smem(source, inside.at[worker], ready)
+        visits = walk.num_clean, walk.num_visits
+        warpgroups.note_part(memory.notes, plan.stages + worker, visits, place)
+        plgpu.barrier_wait(ready)
+        lse, delta = (plgpu.load(inside.at[worker], layout=ROW) for _, inside in rows)
+        return visits, (lse, delta)
+
+    def _write(self, memory: Memory, sums: tuple[Any, ...]) -> None:
+        """The gradient out through the worker's own slot of queries."""
+        worker, plan, problem = lax.axis_index("warpgroup"), self.plan, self.plan.problem
+        operand = self.query_buffer.operand(memory.query_slots)
+        for chunk, accumulated in enumerate(sums):
+            operand[worker, chunk] = (accumulated * problem.scale).astype(problem.dtype)
+        plgpu.commit_smem()
+        place = warpgroups.noted_place(plan, memory.notes, plan.stages + worker)
+        self.query_buffer.store(memory.query_slots, worker, memory.gradient, place)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _visit(
+        self,
+        memory: Memory,
+        worker: Any,
+        statistics: tuple[Any, Any],
+        step: Any,
+        sums: tuple[Any, ...],
+        mask: Any,
+    ) -> tuple[Any, ...]:
+        """One KV tile, by slices of its keys: dQ of the slice added to the sums."""
+        plan, chunks = self.plan, self.queries.num_chunks
+        slot = lax.rem(step, jnp.int32(plan.stages))
+        query, cotangent = map(
+            self.query_buffer.operand, (memory.query_slots, memory.cotangent_slots)
+        )
+        key, value = map(self.key_buffer.operand, (memory.key_slots, memory.value_slots))
+        staging = memory.staging.at[worker] if self.interpreted else None
+        lse, delta = statistics
+        plgpu.barrier_wait(memory.ready.at[slot])
+        for column in range(0, plan.columns, self.width):
+            columns = pl.ds(column, self.width)
+            own = lambda operand: lambda chunk: operand.at[worker, chunk]
+            visited = lambda operand, columns=columns: (
+                lambda chunk: operand.at[slot, chunk, columns]
+            )
+            turned = lambda operand, columns=columns: (
+                lambda chunk: operand.at[slot, chunk, columns].T
+            )
+            scores = warpgroups.product(chunks, own(query), turned(key))
+            weights = weights_of(
+                scores, lse, mask(slot, column), scale=plan.problem.scale, query_axis=0
+            )
+            products = warpgroups.product(chunks, own(cotangent), turned(value))
+            gradient = gradient_of_scores(weights, products, delta, query_axis=0)
+            left = gradient.astype(plan.problem.dtype)
+            sums = warpgroups.add_products(sums, left, visited(key), staging)
+        plgpu.barrier_arrive(memory.free.at[slot])
+        return sums
