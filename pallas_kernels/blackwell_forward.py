@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gna_jax.problem import Operands, Problem
 from gna_jax.tiling import Tiles
 from pallas_kernels import masks
+from pallas_kernels.launch import launch
 from pallas_kernels.limits import forward_plan
 from pallas_kernels.online_softmax import (
     LEAST,
@@ -63,16 +64,14 @@ def forward(
     kernel = ForwardKernel(forward_plan(problem, tiles), interpret is not None)
     arrays = operands.query, operands.key, operands.value
     views = (kernel.queries, kernel.keys, kernel.keys)
-    out, lse = plgpu.kernel(
+    out, lse = launch(
         kernel.body,
-        out_type=kernel.outputs(),
-        scratch_types=kernel.scratch(),
-        grid=(problem.batch, problem.query_heads, kernel.plan.num_tiles),
-        grid_names=("batch", "head", "tile"),
-        num_threads=kernel.plan.num_workers + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
+        kernel.plan,
+        heads=problem.query_heads,
+        num_warpgroups=kernel.plan.num_workers + 1,
+        outputs=kernel.outputs(),
+        scratch=kernel.scratch(),
+        interpret=interpret,
     )(*(view.split(array) for view, array in zip(views, arrays, strict=True)))
     return kernel.queries.merge(out, problem.query_layout), from_parts(
         kernel.plan, lse * math.log(2)
@@ -338,12 +337,12 @@ class ForwardKernel:
 
             def shell(step: Any, state: Statistics) -> Statistics:
                 first = walk.shell_tile(step - walk.num_clean)
-
                 words = masks.words(intervals, first, plan.kv_tile)
 
                 def mask(number: int, scores: jax.Array) -> jax.Array:
                     bits = self._iota(scores.shape[1], COLUMN)
-                    return masks.bits_of(words[number], bits, scores.shape)
+                    rows, columns = scores.shape
+                    return masks.bits_of(words[number], bits, (rows, columns))
 
                 return self._visit(memory, worker, step, state, mask)
 

@@ -25,6 +25,7 @@ from gna_jax.tiling import Tiles
 from pallas_kernels import blackwell_warpgroups as warpgroups
 from pallas_kernels import masks
 from pallas_kernels.blackwell_warpgroups import COLUMN, ROW, ProductColumns, VisitedColumns
+from pallas_kernels.launch import launch
 from pallas_kernels.limits import key_gradient_plan
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.plan import TilePlan, TileWalk, quotient_and_digit, tile_walk
@@ -55,11 +56,11 @@ def key_gradients(
     kernel = KeyGradientKernel(key_gradient_plan(problem, tiles), interpret is not None)
     queries, keys, plan = kernel.queries, kernel.keys, kernel.plan
     gradient = jax.ShapeDtypeStruct(keys.shape(problem.batch, problem.key_layout), problem.dtype)
-    key_gradient, value_gradient = warpgroups.launch(
+    key_gradient, value_gradient = launch(
         kernel.body,
         plan,
         heads=problem.kv_heads,
-        num_workers=kernel.columns.num_workers,
+        num_warpgroups=kernel.columns.num_workers + 1,
         outputs=[gradient, gradient],
         scratch=kernel.scratch(),
         interpret=interpret,

@@ -24,6 +24,7 @@ from gna_jax.tiling import Tiles
 from pallas_kernels import blackwell_warpgroups as warpgroups
 from pallas_kernels import masks
 from pallas_kernels.blackwell_warpgroups import ROW, ProductColumns, VisitedColumns
+from pallas_kernels.launch import launch
 from pallas_kernels.limits import query_gradient_plan
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
@@ -55,11 +56,11 @@ def query_gradient(
     """
     kernel = QueryGradientKernel(query_gradient_plan(problem, tiles), interpret is not None)
     queries, keys, plan = kernel.queries, kernel.keys, kernel.plan
-    (gradient,) = warpgroups.launch(
+    (gradient,) = launch(
         kernel.body,
         plan,
         heads=problem.query_heads,
-        num_workers=kernel.columns.num_workers,
+        num_warpgroups=kernel.columns.num_workers + 1,
         outputs=[
             jax.ShapeDtypeStruct(queries.shape(problem.batch, problem.query_layout), problem.dtype)
         ],

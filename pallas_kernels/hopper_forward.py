@@ -24,6 +24,7 @@ from gna_jax.problem import Operands, Problem
 from gna_jax.tiling import Tiles
 from pallas_kernels import masks
 from pallas_kernels.hopper_warpgroups import COLUMN, REGISTERS, ROW
+from pallas_kernels.launch import launch
 from pallas_kernels.limits import forward_plan
 from pallas_kernels.online_softmax import LEAST, Softmax, exponent_scale, update
 from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
@@ -44,16 +45,14 @@ def forward(
     kernel = ForwardKernel(forward_plan(problem, tiles), interpret is not None)
     arrays = operands.query, operands.key, operands.value
     views = (kernel.queries, kernel.keys, kernel.keys)
-    out, lse = plgpu.kernel(
+    out, lse = launch(
         kernel.body,
-        out_type=kernel.outputs(),
-        scratch_types=kernel.scratch(),
-        grid=(problem.batch, problem.query_heads, kernel.plan.num_tiles),
-        grid_names=("batch", "head", "tile"),
-        num_threads=kernel.plan.num_workers + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
+        kernel.plan,
+        heads=problem.query_heads,
+        num_warpgroups=kernel.plan.num_workers + 1,
+        outputs=kernel.outputs(),
+        scratch=kernel.scratch(),
+        interpret=interpret,
     )(*(view.split(array) for view, array in zip(views, arrays, strict=True)))
     return kernel.queries.merge(out, problem.query_layout), from_parts(
         kernel.plan, lse * math.log(2)

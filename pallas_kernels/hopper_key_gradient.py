@@ -20,6 +20,7 @@ from gna_jax.tiling import Tiles
 from pallas_kernels import hopper_warpgroups as warpgroups
 from pallas_kernels import masks
 from pallas_kernels.hopper_warpgroups import COLUMN, REGISTERS, ROW
+from pallas_kernels.launch import launch
 from pallas_kernels.limits import key_gradient_plan
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.plan import TilePlan, TileWalk, quotient_and_digit, tile_walk
@@ -50,10 +51,11 @@ def key_gradients(
     kernel = KeyGradientKernel(key_gradient_plan(problem, tiles), interpret is not None)
     queries, keys, plan = kernel.queries, kernel.keys, kernel.plan
     shape = keys.shape(problem.batch, problem.key_layout)
-    of_key, of_value = warpgroups.launch(
+    of_key, of_value = launch(
         kernel.body,
         plan,
         heads=problem.kv_heads,
+        num_warpgroups=plan.num_workers + 1,
         outputs=[jax.ShapeDtypeStruct(shape, problem.dtype)] * 2,
         scratch=kernel.scratch(),
         interpret=interpret,

@@ -20,6 +20,7 @@ from gna_jax.tiling import Tiles
 from pallas_kernels import hopper_warpgroups as warpgroups
 from pallas_kernels import masks
 from pallas_kernels.hopper_warpgroups import COLUMN, REGISTERS, ROW
+from pallas_kernels.launch import launch
 from pallas_kernels.limits import query_gradient_plan
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
@@ -52,10 +53,11 @@ def query_gradient(
     """
     kernel = QueryGradientKernel(query_gradient_plan(problem, tiles), interpret is not None)
     queries, keys, plan = kernel.queries, kernel.keys, kernel.plan
-    (gradient,) = warpgroups.launch(
+    (gradient,) = launch(
         kernel.body,
         plan,
         heads=problem.query_heads,
+        num_warpgroups=plan.num_workers + 1,
         outputs=[
             jax.ShapeDtypeStruct(queries.shape(problem.batch, problem.query_layout), problem.dtype)
         ],

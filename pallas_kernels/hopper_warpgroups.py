@@ -22,29 +22,6 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def launch(
-    body: Callable[..., None],
-    plan: TilePlan,
-    *,
-    heads: int,
-    outputs: Any,
-    scratch: Any,
-    interpret: Any,
-) -> Callable[..., Any]:
-    """The call of a kernel with a block per batch entry, head and own tile."""
-    return plgpu.kernel(
-        body,
-        out_type=outputs,
-        scratch_types=scratch,
-        grid=(plan.problem.batch, heads, plan.num_tiles),
-        grid_names=("batch", "head", "tile"),
-        num_threads=plan.num_workers + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
-    )
-
-
 def take_roles(
     num_workers: int,
     registers: tuple[int, int],

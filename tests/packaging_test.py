@@ -197,7 +197,8 @@ def test_only_their_backends_import_kernels(path):
 @pytest.mark.parametrize("path", PACKAGE_SOURCES, ids=name_of)
 def test_modules_and_functions_stay_short(path):
     source = path.read_text()
-    assert source.count("\n") <= 400
+    most = 700 if module_name(path).startswith(PACKAGES[1:]) else 400  # a kernel is one piece
+    assert source.count("\n") <= most
     long = {
         node.name: own_lines(node)
         for node in ast.walk(ast.parse(source))

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.kernel
 
 KERNELS = [(generation, job) for generation in ("hopper", "blackwell") for job in JOBS]
 TILES = {
-    "hopper": Tiles(q=(2, 32), kv=(2, 8), backward_q=(2, 8), backward_kv=(2, 32)),
-    "blackwell": Tiles(q=(2, 64), kv=(2, 8), backward_q=(2, 8), backward_kv=(2, 64)),
+    "hopper": Tiles(q=(2, 32), kv=(4, 8), backward_q=(4, 8), backward_kv=(2, 32)),
+    "blackwell": Tiles(q=(2, 64), kv=(4, 8), backward_q=(4, 8), backward_kv=(2, 64)),
 }
 # One head, and in every kernel a tile that fills each slot several times, without masks and then with.
 CASE = case_of((4, 72), (3, 67), batch=1, heads_per_kv=1, head_dim=32, value_dim=32)

@@ -55,15 +55,15 @@ def test_calls_that_are_refused(problem, text):
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [
+    [  # with head_dim 64
         ({"kv": None}, "tiles.q with tiles.kv"),
         ({"backward_kv": None}, "backward_q with backward_kv"),
         ({"dynamic": False}, "got dynamic=False: pass dynamic=None"),
         ({"q": (8, 12)}, "powers of two up to 256 per axis; got q=(8, 12)"),
         ({"q": (8, 4)}, "on Hopper tiles.q has 64 or 128 tokens, not 32; got"),
-        ({"kv": (4, 2)}, "on Hopper tiles.kv has a multiple of 16 and at most 128 tokens, not 8"),
-        ({"kv": (16, 16)}, "at most 128 tokens, not 256"),
-        ({"backward_q": (8, 16)}, "tiles.backward_q has a multiple of 16 and at most 64 tokens, not 128"),
+        ({"kv": (4, 2)}, "on Hopper tiles.kv has 64 to 128 tokens with head_dim 64, not 8"),
+        ({"kv": (16, 16)}, "64 to 128 tokens with head_dim 64, not 256"),
+        ({"backward_q": (8, 16)}, "tiles.backward_q has 64 to 64 tokens with head_dim 64, not 128"),
         ({"backward_q": (32, 2)}, "at least 4 queries on the last axis"),
         ({"backward_kv": (4, 8)}, "tiles.backward_kv has 64 or 128 tokens, not 32"),
     ],

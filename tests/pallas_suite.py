@@ -151,17 +151,17 @@ def _propose(rng: np.random.Generator, seed: int, generation: str) -> Case:
         heads_per_kv=int(pick(1, 2)),
         **head_dims,
         scale=pick(None, None, -0.2, 0.0),
-        tiles=random_tiles(rng, rank, generation),
+        tiles=random_tiles(rng, rank, head_dim, generation),
         seed=seed,
     )
 
 
-def random_tiles(rng: np.random.Generator, rank: int, generation: str) -> Tiles:
+def random_tiles(rng: np.random.Generator, rank: int, head_dim: int, generation: str) -> Tiles:
     """Legal tiles of any shape."""
     numbers = GENERATIONS[generation]
     pick = lambda *options: int(options[rng.integers(len(options))])
     own = lambda: pick(numbers.rows, limits.MAX_WORKERS * numbers.rows)
-    visited = lambda most: pick(most // 2, most)
+    visited = lambda most: pick(max(min(64, head_dim), most // 2), most)
     return Tiles(
         q=random_shape(rng, own(), rank),
         kv=random_shape(rng, visited(numbers.most_columns), rank),

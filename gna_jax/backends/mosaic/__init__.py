@@ -21,12 +21,12 @@ from gna_jax.backends.mosaic.kernels import (
 from gna_jax.backends.mosaic.kernels import Kernel as Kernel
 from gna_jax.backends.mosaic.kernels import kernels as kernels
 from gna_jax.backends.mosaic.partitioning import (
+    QUERY_HEADS,
     operand_axes,
     partitioned,
     row_axes,
     token_axes,
 )
-from gna_jax.backends.mosaic.partitioning import QUERY_HEADS
 from gna_jax.backends.mosaic.tiles import complete, origin
 from gna_jax.merge import merge_attentions
 from gna_jax.problem import Operands, Problem, Workload

@@ -86,7 +86,7 @@ def partitioned(
 
     function = custom_partitioning(whole)
     rule, replicated = _rule(names, result_names, problem)
-    sizes = {"r": problem.heads_per_kv} if "r" in replicated else {}
+    sizes: dict[str, Any] = {"r": problem.heads_per_kv} if "r" in replicated else {}
     function.def_partition(
         partition=partition,
         sharding_rule=rule,
