@@ -164,8 +164,11 @@ class KeyGradientKernel:
 
     @property
     def _registers(self) -> tuple[int, int]:
-        """Up to two axes the producer gets along with 40, in 3-D with GQA and dilation it does not."""
-        is_tight = self.plan.num_workers == 2 and self.plan.problem.rank < 3
+        """The producer gets along with 40, but not on three axes with dilation and heads that share keys; workers need the rest."""
+        problem = self.plan.problem
+        is_dilated = any(d > 1 for d in self.plan.dilation)
+        is_simple = problem.rank < 3 or problem.heads_per_kv == 1 or not is_dilated
+        is_tight = self.plan.num_workers == 2 and is_simple
         return (232, 40) if is_tight else REGISTERS[self.plan.num_workers]
 
     def _walk(self) -> TileWalk:
