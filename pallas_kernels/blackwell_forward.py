@@ -37,6 +37,7 @@ from pallas_kernels.online_softmax import (
 )
 from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
 from pallas_kernels.row_statistics import from_parts
+from pallas_kernels.slots import drain_slots, wait_for_slot
 from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
 
 REGISTERS = {1: (240, 96), 2: (208, 96)}
@@ -241,16 +242,9 @@ class ForwardKernel:
         def load(step: Any, start: Any) -> None:
             slot, place = self._slot(step), self._place(walk, start, is_key=True)
 
-            @pl.when(step >= stages)
-            def _():  # all parts have multiplied by the keys of this slot
-                plgpu.barrier_wait(memory.key_free.at[slot])
-
+            wait_for_slot(memory.key_free, step, stages)
             keys.load(memory.key, memory.key_slots, slot, place, memory.key_ready.at[slot])
-
-            @pl.when(step >= stages)
-            def _():  # all parts have multiplied by the values of this slot
-                plgpu.barrier_wait(memory.value_free.at[slot])
-
+            wait_for_slot(memory.value_free, step, stages)
             keys.load(memory.value, memory.value_slots, slot, place, memory.value_ready.at[slot])
 
         @pl.when(walk.num_visits > 0)
@@ -268,10 +262,7 @@ class ForwardKernel:
         def _(step):
             load(step, walk.shell_tile(step - walk.num_clean))
 
-        @pl.loop(jnp.maximum(walk.num_visits - stages, 0), walk.num_visits)
-        def _(step):  # a barrier's last phase is waited for as well
-            plgpu.barrier_wait(memory.key_free.at[self._slot(step)])
-            plgpu.barrier_wait(memory.value_free.at[self._slot(step)])
+        drain_slots(walk.num_visits, stages, memory.key_free, memory.value_free)
 
     def _multiply(self, memory: Memory, walk: TileWalk, worker: Any) -> None:
         """A matrix warp: issues the products of one part.

@@ -30,6 +30,7 @@ from pallas_kernels.limits import key_gradient_plan
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.plan import TilePlan, TileWalk, quotient_and_digit, tile_walk
 from pallas_kernels.row_statistics import RowBoxes, to_boxes
+from pallas_kernels.slots import drain_slots, wait_for_slot
 from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
 from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
 
@@ -242,12 +243,12 @@ class KeyGradientKernel:
             load(step, head, walk.shell_tile(visit))
 
         barriers = memory.query_free, memory.cotangent_free, memory.rows_free
-        warpgroups.drain_slots(num_steps, stages, *barriers)
+        drain_slots(num_steps, stages, *barriers)
 
     def _load(self, memory: Memory, step: Any, place: BoxPlace) -> None:
         """Starts the copies of one Q tile: Q, dO, lse and delta."""
         visited, rows, slot = self.query_buffer, self.rows, self._slot(step)
-        wait_for = lambda free: warpgroups.wait_for_slot(free, step, self.plan.stages)
+        wait_for = lambda free: wait_for_slot(free, step, self.plan.stages)
 
         wait_for(memory.query_free)
         visited.load(memory.query, memory.query_slots, slot, place, memory.query_ready.at[slot])

@@ -29,6 +29,7 @@ from pallas_kernels.limits import query_gradient_plan
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
 from pallas_kernels.row_statistics import to_parts
+from pallas_kernels.slots import drain_slots, wait_for_slot
 from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
 from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
 
@@ -204,9 +205,9 @@ class QueryGradientKernel:
 
         def load(step: Any, start: Any) -> None:
             slot, place = self._slot(step), self._place(walk, start, is_key=True)
-            warpgroups.wait_for_slot(memory.key_free, step, stages)
+            wait_for_slot(memory.key_free, step, stages)
             visited.load(memory.key, memory.key_slots, slot, place, memory.key_ready.at[slot])
-            warpgroups.wait_for_slot(memory.value_free, step, stages)
+            wait_for_slot(memory.value_free, step, stages)
             ready = memory.value_ready.at[slot]
             visited.load(memory.value, memory.value_slots, slot, place, ready)
 
@@ -218,7 +219,7 @@ class QueryGradientKernel:
         def _(step):
             load(step, walk.shell_tile(step - walk.num_clean))
 
-        warpgroups.drain_slots(walk.num_visits, stages, memory.key_free, memory.value_free)
+        drain_slots(walk.num_visits, stages, memory.key_free, memory.value_free)
 
     def _multiply(self, memory: Memory, walk: TileWalk) -> None:
         """Issues all products. Instructions of one warp run in the order of issue.

@@ -140,23 +140,6 @@ class ProductColumns:
         plgpu.barrier_arrive(ready)
 
 
-def wait_for_slot(free: Any, step: Any, stages: int) -> None:
-    """Waits until what step `step - stages` put into its slot has been read for the last time."""
-
-    @pl.when(step >= stages)
-    def _():
-        plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
-
-
-def drain_slots(last: Any, stages: int, *barriers: Any) -> None:
-    """Waits for the last phase of every slot's barriers: the interpreter insists that somebody does."""
-
-    @pl.loop(jnp.maximum(last - stages, 0), last)
-    def _(step):
-        for free in barriers:
-            plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
-
-
 def read(columns: Any) -> Any:
     """Float32 columns of tensor memory in registers."""
     return plgpu.async_load_tmem(columns, layout=LAYOUT)

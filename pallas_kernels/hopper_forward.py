@@ -29,6 +29,7 @@ from pallas_kernels.limits import forward_plan
 from pallas_kernels.online_softmax import LEAST, Softmax, exponent_scale, update
 from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
 from pallas_kernels.row_statistics import from_parts
+from pallas_kernels.slots import drain_slots, wait_for_slot
 from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
 
 
@@ -175,16 +176,9 @@ class ForwardKernel:
         def load(step: Any, start: Any) -> None:
             slot, place = lax.rem(step, jnp.int32(stages)), self._place(walk, start, is_key=True)
 
-            @pl.when(step >= stages)
-            def _():  # all workers have read the keys of this slot
-                plgpu.barrier_wait(memory.key_free.at[slot])
-
+            wait_for_slot(memory.key_free, step, stages)
             keys.load(memory.key, memory.key_slots, slot, place, memory.key_ready.at[slot])
-
-            @pl.when(step >= stages)
-            def _():  # all workers have read the values of this slot
-                plgpu.barrier_wait(memory.value_free.at[slot])
-
+            wait_for_slot(memory.value_free, step, stages)
             keys.load(memory.value, memory.value_slots, slot, place, memory.value_ready.at[slot])
 
         @pl.loop(jnp.int32(0), walk.num_clean)
@@ -195,11 +189,7 @@ class ForwardKernel:
         def _(step):
             load(step, walk.shell_tile(step - walk.num_clean))
 
-        @pl.loop(jnp.maximum(walk.num_visits - stages, 0), walk.num_visits)
-        def _(step):  # a barrier's last phase is waited for as well
-            slot = lax.rem(step, jnp.int32(stages))
-            plgpu.barrier_wait(memory.key_free.at[slot])
-            plgpu.barrier_wait(memory.value_free.at[slot])
+        drain_slots(walk.num_visits, stages, memory.key_free, memory.value_free)
 
     def _work(self, memory: Memory, walk: TileWalk, worker: Any) -> None:
         """Attention of a worker's part, written out."""

@@ -25,6 +25,7 @@ from pallas_kernels.limits import key_gradient_plan
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.plan import TilePlan, TileWalk, quotient_and_digit, tile_walk
 from pallas_kernels.row_statistics import RowBoxes, to_boxes
+from pallas_kernels.slots import drain_slots
 from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
 from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
 
@@ -205,7 +206,7 @@ class KeyGradientKernel:
         fill = functools.partial(warpgroups.fill_slots, stages=stages, free=memory.free)
         fill(jnp.int32(0), clean * group, load=load_clean)
         fill(clean * group, visits * group, load=load_shell)
-        warpgroups.drain_slots(visits * group, stages, memory.free)
+        drain_slots(visits * group, stages, memory.free)
 
     def _head_and_visit(self, step: Any, visits: Any) -> tuple[Any, Any]:
         """Which head of the group, and which of its visits, a step is."""

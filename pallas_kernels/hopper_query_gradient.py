@@ -25,6 +25,7 @@ from pallas_kernels.limits import query_gradient_plan
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
 from pallas_kernels.row_statistics import to_parts
+from pallas_kernels.slots import drain_slots
 from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
 from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
 
@@ -190,7 +191,7 @@ class QueryGradientKernel:
         shell = lambda step, slot: load(slot, walk.shell_tile(step - walk.num_clean))
         warpgroups.fill_slots(jnp.int32(0), walk.num_clean, stages, memory.free, clean)
         warpgroups.fill_slots(walk.num_clean, walk.num_visits, stages, memory.free, shell)
-        warpgroups.drain_slots(walk.num_visits, stages, memory.free)
+        drain_slots(walk.num_visits, stages, memory.free)
 
     def _work(self, memory: Memory, worker: Any) -> None:
         """The gradient of a worker's part, written out.

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.plan import TilePlan
+from pallas_kernels.slots import wait_for_slot
 from pallas_kernels.token_boxes import BoxPlace
 
 REGISTERS = {1: (240, 56), 2: (224, 56)}
@@ -60,21 +61,8 @@ def fill_slots(
 
     @pl.loop(first, last)
     def _(step):
-        slot = lax.rem(step, jnp.int32(stages))
-
-        @pl.when(step >= stages)
-        def _():  # all workers have read what the slot held
-            plgpu.barrier_wait(free.at[slot])
-
-        load(step, slot)
-
-
-def drain_slots(last: Any, stages: int, free: Any) -> None:
-    """Waits for the last phase of every slot's barrier: the interpreter insists that somebody does."""
-
-    @pl.loop(jnp.maximum(last - stages, 0), last)
-    def _(step):
-        plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
+        wait_for_slot(free, step, stages)
+        load(step, lax.rem(step, jnp.int32(stages)))
 
 
 def note(notes: Any, row: Any, numbers: Sequence[Any]) -> None:
