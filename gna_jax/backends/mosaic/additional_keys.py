@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gna_jax.mesh_types import vary_as
 from gna_jax.problem import Operands, Problem
 
 SCORES_BYTES = 64 << 20
@@ -71,6 +72,8 @@ def gradients(
         for array, fill in ((lse, jnp.inf), (delta, 0.0))
     ]
     start = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    # In shard_map a sum varies over the same devices as what is added to it.
+    start = vary_as(start, operands.query)
     sums, query = jax.lax.scan(of_chunk, start, (*rows, *statistics))
     query = _tokens(problem, query).reshape(operands.query.shape)
     return query, sums[0].astype(keys.dtype), sums[1].astype(values.dtype)
