@@ -177,7 +177,7 @@ def candidates(
     """The default, then `most` others (fewer where there are no more), by predicted time, fastest first.
 
     They are dealt out over the sizes of visited tiles, each size giving its fastest in turn, the largest size first: the cost
-    model charges nothing for a visit itself, so that by its times alone nearly all would visit tiles of 16 tokens.
+    model charges nothing for a visit itself, so that by its times alone nearly all would visit the smallest tiles there are.
 
     Raises:
       NotImplementedError: the kernels do not take the call.

@@ -54,7 +54,7 @@ def timed(q, kv, seconds=1e-3):
     return tuned.Timed(q, kv, seconds, 2 * seconds, 3 * seconds)
 
 
-def entry_of(forward=((4, 16), (8, 8)), backward=((4, 8), (8, 8)), date="2026-11-21"):
+def entry_of(forward=((4, 16), (8, 8)), backward=((8, 8), (8, 8)), date="2026-11-21"):
     """Legal on both generations' h200: not what the simulator counts best."""
     return tuned.Entry(timed(*forward), timed(*backward), 1, 2, 2, date, {"gna-jax": "1"})
 
@@ -99,7 +99,7 @@ def test_legal_tiles_are_all_that_the_kernels_take(device, direction, dim):
             kernels.add((plan.q_tile, plan.kv_tile))
     legal = mosaic_tiles.legal_tiles(problem, direction)
     pairs = [pair_of(tiles, direction) for tiles in legal]
-    assert len(set(pairs)) == len(pairs) > 100
+    assert len(set(pairs)) == len(pairs) > 50
     assert set(pairs) == kernels
     assert pair_of(default, direction) in kernels
 
@@ -283,11 +283,11 @@ LINE = {"layout": (4096,), "rule": {"window_size": 512}}
 
 
 def test_tuning_records_the_winner_of_each_direction():
-    problem = problem_of(**LINE, batch=3, heads=(4, 2))
+    problem = problem_of(**LINE, batch=3, heads=(4, 2), dim=32)
     fast = {d: tuning.candidates(problem, d, 4)[3] for d in tuning.DIRECTIONS}
     of = lambda d, one: 1e-3 if d == "forward" and one == fast[d] else 2e-3
     done = tuning.tune(problem, num_candidates=4, rounds=3, measure=fake_measure(of))
-    assert [len(done.forward), len(done.backward)] == [5, 5]
+    assert [len(done.forward), len(done.backward)] == [5, 4]
     entry = done.entry("2026-11-21", {"jax": "1"})
     assert (entry.forward.q, entry.forward.kv) == pair_of(fast["forward"].tiles, "forward")
     assert (entry.forward.seconds, entry.forward.default_seconds) == (1e-3, 2e-3)
@@ -331,11 +331,11 @@ def test_a_call_gets_the_tiles_of_its_entry():
 def test_tiles_of_the_caller_win():
     problem, entry = problem_of(), entry_of()
     save(problem, entry)
-    own = Tiles(q=(8, 8), kv=(4, 4))
-    expected = Tiles((8, 8), (4, 4), entry.backward.q, entry.backward.kv)
+    own = Tiles(q=(8, 8), kv=(4, 16))
+    expected = Tiles((8, 8), (4, 16), entry.backward.q, entry.backward.kv)
     assert mosaic_tiles.complete(problem, own) == expected
     assert mosaic_tiles.origin(problem, own) == "backward tuned on 2026-11-21"
-    whole = Tiles((8, 8), (4, 4), (4, 8), (8, 16))
+    whole = Tiles((8, 8), (4, 16), (4, 16), (8, 16))
     assert mosaic_tiles.complete(problem, whole) == whole
     assert mosaic_tiles.origin(problem, whole) == ""
 
@@ -345,7 +345,7 @@ def test_a_call_with_all_tiles_reads_no_table(no_tables):
     path = tuned.machine_table(problem.device)
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    whole = Tiles((8, 8), (4, 4), (4, 8), (8, 16))
+    whole = Tiles((8, 8), (4, 16), (4, 16), (8, 16))
     assert mosaic_tiles.complete(problem, whole) == whole
 
 
@@ -463,7 +463,7 @@ def test_a_file_that_is_no_table_is_an_error_that_names_it(text, says):
         (entry_of(forward=((4, 4), (8, 8))), "tiles.q has 64 or 128 tokens, not 16"),
         (entry_of(forward=((8, 8), (2, 3))), "powers of two"),
         (entry_of(backward=((32, 2), (8, 8))), "at least 4 queries on the last axis"),
-        (entry_of(forward=((8, 8), (64, 64))), "at most 128 tokens, not 4096"),
+        (entry_of(forward=((8, 8), (64, 64))), "64 to 128 tokens with head_dim 64, not 4096"),
     ],
     ids=lambda value: "" if isinstance(value, tuned.Entry) else str(value),
 )
@@ -507,7 +507,7 @@ def test_explain_says_where_tiles_come_from():
     save(problem_of(), entry)
     told = gna_jax.explain(x, x, x, **call)
     assert told.tiles == entry.tiles and told.tiles_from == "tuned on 2026-11-21"
-    assert "  tiles     4x16 queries, 8x8 keys, backward 4x8 queries, 8x8 keys (tuned on 2026-11-21)\n" in str(told)  # fmt: skip
+    assert "  tiles     4x16 queries, 8x8 keys, backward 8x8 queries, 8x8 keys (tuned on 2026-11-21)\n" in str(told)  # fmt: skip
     other = gna_jax.explain(x, x, x, **call | {"implementation": "xla"})
     assert other.tiles_from == ""
 
