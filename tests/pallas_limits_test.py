@@ -101,6 +101,14 @@ def test_chosen_tiles_are_supported(shape, device):
     assert limits.supports(problem, mosaic.complete(problem, given)) is None
 
 
+@pytest.mark.parametrize("head_dim", [24, 48, 100])
+def test_tiles_are_judged_for_the_padded_heads(head_dim):
+    problem = problem_of((1, 16, 16, 2, head_dim))
+    assert mosaic.supports(problem, TILES) is None
+    small = dataclasses.replace(TILES, kv=(1, 16))
+    assert "tiles.kv has" in mosaic.supports(problem, small)
+
+
 def test_gna_raises_the_reason():
     x = jnp.zeros(SHAPE, jnp.float32)
     with pytest.raises(NotImplementedError, match="cannot run this call: .*got float32: cast"):

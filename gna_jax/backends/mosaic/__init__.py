@@ -42,7 +42,10 @@ Outputs = tuple[jax.Array, jax.Array]
 
 def supports(problem: Problem, tiles: Tiles | None) -> str | None:
     """None, or why no kernel runs the problem with these tiles; the text names the nearest legal choice."""
-    return limits.supports(problem, tiles)
+    reason = limits.supports(problem, None)
+    if reason is not None or tiles is None:
+        return reason
+    return limits.supports(head_dims.pad_problem(problem), tiles)  # the kernels get padded heads
 
 
 def forward(problem: Problem, operands: Operands, tiles: Tiles | None) -> Outputs:
@@ -93,9 +96,8 @@ def backward(
 def _backward(
     problem: Problem, tiles: Tiles, operands: Operands, saved: Outputs, cotangents: Outputs
 ) -> Operands:
-    out_cotangent, lse_cotangent = cotangents
-    lse, delta = saved[1], row_statistics.delta(saved[0], *cotangents)
-    del lse_cotangent  # delta holds it
+    out_cotangent, lse = cotangents[0], saved[1]
+    delta = row_statistics.delta(saved[0], *cotangents)
     padded = head_dims.pad_problem(problem)
     arguments = (
         padded,
