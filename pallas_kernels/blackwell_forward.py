@@ -7,13 +7,11 @@ weights over them, and touches the output only where its row's maximum has grown
 in turns by themselves: one part's products run while the other part's softmax does. Tiles that every query sees whole come
 first and have no mask; the shell around them has.
 
-Reading order: `plan` (which tiles), `token_boxes` (how they move), `masks`, `online_softmax`, then here. This module neither
-checks a call's arguments (`gna_jax.problem`) nor chooses tiles; budget and resources: docs/deep-dives/blackwell-forward.md.
+Reading order: `plan` (which tiles), `token_boxes` (how they move), `masks`, `online_softmax`, `tile_kernel`, then here. How
+arrays reach it: `calls`. Budget and resources: docs/deep-dives/blackwell-forward.md.
 """
 
-import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gna_jax.problem import Operands, Problem
-from gna_jax.tiling import Tiles
+from pallas_kernels import blackwell_warpgroups as warpgroups
 from pallas_kernels import masks
-from pallas_kernels.launch import launch
-from pallas_kernels.limits import forward_plan
 from pallas_kernels.online_softmax import (
     LEAST,
     Statistics,
@@ -35,10 +30,10 @@ from pallas_kernels.online_softmax import (
     signed,
     weigh,
 )
-from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
-from pallas_kernels.row_statistics import from_parts
+from pallas_kernels.plan import TileWalk, part_number
 from pallas_kernels.slots import drain_slots, wait_for_slot
-from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
+from pallas_kernels.tile_kernel import TileKernel
+from pallas_kernels.token_boxes import BoxPlace
 
 REGISTERS = {1: (240, 96), 2: (208, 96)}
 """Registers per thread of workers and of the other warps, by number of workers: 64 Ki registers per block at most."""
@@ -50,33 +45,6 @@ OUT = plgpu.Layout.TCGEN05
 """The layout in which swizzled shared memory can be written."""
 RESCALED_COLUMNS = 32
 """Columns of output that a thread holds at a time while it rescales them."""
-
-
-def forward(
-    problem: Problem, operands: Operands, tiles: Tiles, interpret: Any = None
-) -> tuple[jax.Array, jax.Array]:
-    """`out [B, *space, N, H]` in the operands' dtype and `lse [B, *space, N]` float32, natural log.
-
-    Args:
-      problem, tiles: what `supports` accepts.
-      operands: query [B, *space, N, H], key and value [B, *space, K, H].
-      interpret: `plgpu.InterpretGPUParams` to run in the interpreter on a CPU, None on a GPU.
-    """
-    kernel = ForwardKernel(forward_plan(problem, tiles), interpret is not None)
-    arrays = operands.query, operands.key, operands.value
-    views = (kernel.queries, kernel.keys, kernel.keys)
-    out, lse = launch(
-        kernel.body,
-        kernel.plan,
-        heads=problem.query_heads,
-        num_warpgroups=kernel.plan.num_workers + 1,
-        outputs=kernel.outputs(),
-        scratch=kernel.scratch(),
-        interpret=interpret,
-    )(*(view.split(array) for view, array in zip(views, arrays, strict=True)))
-    return kernel.queries.merge(out, problem.query_layout), from_parts(
-        kernel.plan, lse * math.log(2)
-    )
 
 
 class Memory(NamedTuple):
@@ -105,52 +73,13 @@ class Memory(NamedTuple):
     weight_columns: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardKernel:
-    """The kernel of one plan.
-
-    Args:
-      plan: tiles and walk.
-      interpreted: whether the interpreter runs it. It lacks two views of one buffer: of boxes (`token_boxes`), and of
-        scores and weights in tensor memory.
-    """
-
-    plan: TilePlan
-    interpreted: bool
-
-    @property
-    def queries(self) -> TokenArray:
-        """How query and out lie."""
-        problem = self.plan.problem
-        return TokenArray(self.plan.dilation, problem.query_heads, problem.head_dim)
-
-    @property
-    def keys(self) -> TokenArray:
-        """How key and value lie."""
-        problem = self.plan.problem
-        return TokenArray(self.plan.dilation, problem.kv_heads, problem.head_dim)
-
-    @property
-    def query_buffer(self) -> BoxBuffer:
-        """One slot per worker: its queries, at the end its output."""
-        return BoxBuffer(self.queries, self.plan.part, self.plan.num_workers, self.interpreted)
-
-    @property
-    def key_buffer(self) -> BoxBuffer:
-        """One slot per stage."""
-        return BoxBuffer(self.keys, self.plan.kv_tile, self.plan.stages, self.interpreted)
-
-    def outputs(self) -> list[jax.ShapeDtypeStruct]:
-        """Out as query lies; lse by parts of 128 queries, since rows of an uneven layout cannot be clipped on the way out."""
-        problem = self.plan.problem
-        out = self.queries.shape(problem.batch, problem.query_layout)
-        lse = problem.batch, problem.query_heads, self.plan.num_parts, self.plan.rows
-        return [jax.ShapeDtypeStruct(out, problem.dtype), jax.ShapeDtypeStruct(lse, jnp.float32)]
+class ForwardKernel(TileKernel):
+    """The kernel of one plan."""
 
     def scratch(self) -> list[Any]:
         """Shared memory, tensor memory and barriers in the order of `Memory`."""
         plan, dtype = self.plan, self.plan.problem.dtype
-        keys, workers, stages = self.key_buffer, plan.num_workers, plan.stages
+        visited, workers, stages = self.visited, plan.num_workers, plan.stages
         rows = plgpu.SMEM((workers, plan.rows), jnp.float32)
         scores = plgpu.TMEM((plan.rows, workers * plan.columns), jnp.float32)
         # Two 16-bit weights share a column, so the weights of a part lie over the first half of its scores.
@@ -158,15 +87,14 @@ class ForwardKernel:
         loaded = functools.partial(plgpu.Barrier, num_barriers=stages)
         ordered = functools.partial(plgpu.Barrier, orders_tensor_core=True)
         scratch = [
-            self.query_buffer.scratch(dtype),
-            keys.scratch(dtype),
-            keys.scratch(dtype),
+            self.own.scratch(dtype),
+            *(visited.scratch(dtype) for _ in range(2)),
             rows,
             rows,
             plgpu.TMEM((plan.rows, workers * plan.problem.head_dim), jnp.float32),
             scores if self.interpreted else plgpu.RefUnion(scores, weights),
-            plgpu.Barrier(num_arrivals=self.query_buffer.num_copies, num_barriers=workers),
-            *(loaded(num_arrivals=keys.num_copies) for _ in range(2)),
+            plgpu.Barrier(num_arrivals=self.own.num_copies, num_barriers=workers),
+            *(loaded(num_arrivals=visited.num_copies) for _ in range(2)),
             *(ordered(num_arrivals=workers, num_barriers=stages) for _ in range(2)),
             *(ordered(num_barriers=workers) for _ in range(3)),
         ]
@@ -181,7 +109,7 @@ class ForwardKernel:
         @pl.when(warpgroup < workers)
         def _():
             plgpu.set_max_registers(for_workers, action="increase")
-            self._work(memory, self._walk(), warpgroup)
+            self._work(memory, self.walk(), warpgroup)
 
         @pl.when(warpgroup == workers)
         def _():
@@ -191,30 +119,11 @@ class ForwardKernel:
             def _(warp):
                 @pl.when(warp < workers)
                 def _():
-                    self._multiply(memory, self._walk(), warp)
+                    self._multiply(memory, self.walk(), warp)
 
                 @pl.when(warp == workers)
                 def _():
-                    self._produce(memory, self._walk())
-
-    def _walk(self) -> TileWalk:
-        """Computed in each role anew: scalars that lived through the fork of roles would cost all of them registers."""
-        return tile_walk(self.plan, lax.axis_index("tile"))
-
-    def _place(self, walk: TileWalk, start: Any, *, is_key: bool) -> BoxPlace:
-        head = lax.axis_index("head")
-        if is_key and self.plan.problem.heads_per_kv > 1:
-            head = lax.div(head, jnp.int32(self.plan.problem.heads_per_kv))
-        return BoxPlace(lax.axis_index("batch"), head, walk.residues, tuple(start))
-
-    def _part_start(self, walk: TileWalk, worker: Any) -> list[Any]:
-        """First query of a worker's part, per axis."""
-        start, axis = list(walk.own_start), self.plan.split_axis
-        start[axis] = start[axis] + worker * self.plan.part[axis]
-        return start
-
-    def _slot(self, step: Any) -> Any:
-        return lax.rem(step, jnp.int32(self.plan.stages))
+                    self._produce(memory, self.walk())
 
     def _blocks(self) -> list[tuple[int, int]]:
         """First column and size of the blocks in which a row of scores becomes weights: a word of its mask each."""
@@ -237,31 +146,22 @@ class ForwardKernel:
 
     def _produce(self, memory: Memory, walk: TileWalk) -> None:
         """The producer's warp: starts the copies of the queries, and of every visited KV tile as soon as its slot is free."""
-        stages, keys = self.plan.stages, self.key_buffer
-
-        def load(step: Any, start: Any) -> None:
-            slot, place = self._slot(step), self._place(walk, start, is_key=True)
-
-            wait_for_slot(memory.key_free, step, stages)
-            keys.load(memory.key, memory.key_slots, slot, place, memory.key_ready.at[slot])
-            wait_for_slot(memory.value_free, step, stages)
-            keys.load(memory.value, memory.value_slots, slot, place, memory.value_ready.at[slot])
+        stages, buffer = self.plan.stages, self.visited
 
         @pl.when(walk.num_visits > 0)
         def _():
             for part in range(self.plan.num_workers):
-                place = self._place(walk, self._part_start(walk, part), is_key=False)
-                ready = memory.query_ready.at[part]
-                self.query_buffer.load(memory.query, memory.query_slots, part, place, ready)
+                place, ready = self.own_place(walk, part), memory.query_ready.at[part]
+                self.own.load(memory.query, memory.query_slots, part, place, ready)
 
-        @pl.loop(jnp.int32(0), walk.num_clean)
-        def _(step):
-            load(step, walk.clean_tile(step))
+        def load(step: Any, place: BoxPlace) -> None:
+            slot = self.slot(step)
+            wait_for_slot(memory.key_free, step, stages)
+            buffer.load(memory.key, memory.key_slots, slot, place, memory.key_ready.at[slot])
+            wait_for_slot(memory.value_free, step, stages)
+            buffer.load(memory.value, memory.value_slots, slot, place, memory.value_ready.at[slot])
 
-        @pl.loop(walk.num_clean, walk.num_visits)
-        def _(step):
-            load(step, walk.shell_tile(step - walk.num_clean))
-
+        self.for_each_step(walk, load)
         drain_slots(walk.num_visits, stages, memory.key_free, memory.value_free)
 
     def _multiply(self, memory: Memory, walk: TileWalk, worker: Any) -> None:
@@ -286,9 +186,8 @@ class ForwardKernel:
 
     def _multiply_keys(self, memory: Memory, worker: Any, step: Any) -> None:
         """Scores of a tile: query times key, not scaled."""
-        slot, scores = self._slot(step), self._scores(memory, worker, 0, self.plan.columns)
-        query = self.query_buffer.operand(memory.query_slots)
-        key = self.key_buffer.operand(memory.key_slots)
+        slot, scores = self.slot(step), self._scores(memory, worker, 0, self.plan.columns)
+        query, key = self.own.operand(memory.query_slots), self.visited.operand(memory.key_slots)
         plgpu.barrier_wait(memory.key_ready.at[slot])
         for chunk in range(self.keys.num_chunks):
             plgpu.tcgen05_mma(
@@ -299,8 +198,8 @@ class ForwardKernel:
 
     def _multiply_values(self, memory: Memory, worker: Any, step: Any) -> None:
         """Adds a tile's weights times values to every chunk of the output."""
-        slot, width = self._slot(step), self.keys.chunk
-        value = self.key_buffer.operand(memory.value_slots)
+        slot, width = self.slot(step), self.keys.chunk
+        value = self.visited.operand(memory.value_slots)
         plgpu.barrier_wait(memory.value_ready.at[slot])
         plgpu.barrier_wait(memory.weights_ready.at[worker])
         for chunk in range(self.keys.num_chunks):
@@ -317,21 +216,18 @@ class ForwardKernel:
 
         @pl.when(walk.num_visits > 0)
         def _():
-            plan, start = self.plan, self._part_start(walk, worker)
-            rows = masks.digits(self._iota(plan.rows, ROW), plan.part)
-            queries = tuple(first + row for first, row in zip(start, rows, strict=True))
-            rules = plan.problem.neighborhood.axes
-            intervals = masks.key_intervals(rules, queries, walk.lengths)
+            plan, place = self.plan, self.own_place(walk, worker)
+            intervals = self.intervals(place, warpgroups.iota(plan.rows, ROW))
 
             def clean(step: Any, state: Statistics) -> Statistics:
                 return self._visit(memory, worker, step, state, None)
 
             def shell(step: Any, state: Statistics) -> Statistics:
-                first = walk.shell_tile(step - walk.num_clean)
+                first = self.shell_place(walk, step).start
                 words = masks.words(intervals, first, plan.kv_tile)
 
                 def mask(number: int, scores: jax.Array) -> jax.Array:
-                    bits = self._iota(scores.shape[1], COLUMN)
+                    bits = warpgroups.iota(scores.shape[1], COLUMN)
                     rows, columns = scores.shape
                     return masks.bits_of(words[number], bits, (rows, columns))
 
@@ -339,15 +235,11 @@ class ForwardKernel:
 
             state = lax.fori_loop(jnp.int32(0), walk.num_clean, clean, self._empty())
             state = lax.fori_loop(walk.num_clean, walk.num_visits, shell, state)
-            place = self._place(walk, start, is_key=False)
-            self._write(memory, worker, place, part_number(plan, walk, start), state)
+            self._write(memory, worker, place, part_number(plan, walk, place.start), state)
 
     def _empty(self) -> Statistics:
         row = lambda x: plgpu.layout_cast(jnp.full((self.plan.rows,), x, jnp.float32), ROW)
         return Statistics(row(LEAST), row(0.0))
-
-    def _iota(self, size: int, layout: Any) -> Any:
-        return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
 
     def _visit(
         self, memory: Memory, worker: Any, step: Any, state: Statistics, mask: Any
@@ -387,7 +279,7 @@ class ForwardKernel:
         self, memory: Memory, worker: Any, place: BoxPlace, part: Any, state: Statistics
     ) -> None:
         """Out through the worker's own slot of queries, lse through its row."""
-        operand, width = self.query_buffer.operand(memory.query_slots), self.queries.chunk
+        operand, width = self.own.operand(memory.query_slots), self.queries.chunk
         factor = exponent_scale(self.plan.problem.scale)
         memory.lse_rows[worker] = factor * state.largest + jnp.log2(state.total)
         memory.inverse_rows[worker] = 1.0 / jnp.where(state.total == 0.0, 1.0, state.total)
@@ -401,7 +293,7 @@ class ForwardKernel:
             out = out * lax.broadcast_in_dim(inverse, out.shape, (0,))
             operand[worker, chunk] = out.astype(self.plan.problem.dtype)
         plgpu.commit_smem()
-        self.query_buffer.store(memory.query_slots, worker, memory.out, place)
+        self.own.store(memory.query_slots, worker, memory.out, place)
         rows = memory.lse.at[place.batch, place.head, part]
         plgpu.copy_smem_to_gmem(memory.lse_rows.at[worker], rows)
         plgpu.wait_smem_to_gmem(0)

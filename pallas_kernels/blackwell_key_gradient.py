@@ -16,78 +16,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gna_jax.problem import Operands, Problem
-from gna_jax.tiling import Tiles
 from pallas_kernels import blackwell_warpgroups as warpgroups
-from pallas_kernels import masks
 from pallas_kernels.blackwell_warpgroups import COLUMN, ROW, ProductColumns, VisitedColumns
-from pallas_kernels.launch import launch
-from pallas_kernels.limits import key_gradient_plan
-from pallas_kernels.online_softmax import LOG2_E
-from pallas_kernels.plan import TilePlan, TileWalk, quotient_and_digit, tile_walk
-from pallas_kernels.row_statistics import RowBoxes, to_boxes
+from pallas_kernels.plan import TileWalk
+from pallas_kernels.row_statistics import RowBoxes
 from pallas_kernels.slots import drain_slots, wait_for_slot
 from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
-from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
+from pallas_kernels.tile_kernel import TileKernel
+from pallas_kernels.token_boxes import BoxPlace
 
-
-def key_gradients(
-    problem: Problem,
-    operands: Operands,
-    tiles: Tiles,
-    out_cotangent: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
-    """`dK = scale * dS^T Q` and `dV = P^T dO`, `[B, *space, K, H]` in the operands' dtype; dS = P * (dO V^T - delta).
-
-    Args:
-      problem, tiles: what `supports` accepts.
-      operands: query [B, *space, N, H], key and value [B, *space, K, H].
-      out_cotangent: dO [B, *space, N, H], in the operands' dtype.
-      lse: [B, *space, N] float32, natural log.
-      delta: [B, *space, N] float32, see `row_statistics.delta`.
-      interpret: `plgpu.InterpretGPUParams` to run in the interpreter on a CPU, None on a GPU.
-    """
-    kernel = KeyGradientKernel(key_gradient_plan(problem, tiles), interpret is not None)
-    queries, keys, plan = kernel.queries, kernel.keys, kernel.plan
-    gradient = jax.ShapeDtypeStruct(keys.shape(problem.batch, problem.key_layout), problem.dtype)
-    key_gradient, value_gradient = launch(
-        kernel.body,
-        plan,
-        heads=problem.kv_heads,
-        num_warpgroups=kernel.columns.num_workers + 1,
-        outputs=[gradient, gradient],
-        scratch=kernel.scratch(),
-        interpret=interpret,
-    )(
-        keys.split(operands.key),
-        keys.split(operands.value),
-        queries.split(operands.query),
-        queries.split(out_cotangent),
-        to_boxes(plan, lse * LOG2_E),
-        to_boxes(plan, delta),
-    )
-    layout = problem.key_layout
-    return keys.merge(key_gradient, layout), keys.merge(value_gradient, layout)
+INPUTS = 6
+"""Arrays read: the first references."""
 
 
 class Memory(NamedTuple):
     """A block's references: arrays in memory, scratch in shared and in tensor memory, barriers."""
 
-    key: Any
-    value: Any
     query: Any
     out_cotangent: Any
+    key: Any
+    value: Any
     lse: Any
     delta: Any
-    key_gradient: Any
-    value_gradient: Any
+    gradients: tuple[Any, ...]
+    sums: tuple[Any, ...]
     key_slots: Any
     value_slots: Any
     query_slots: Any
@@ -96,8 +51,6 @@ class Memory(NamedTuple):
     delta_slots: Any
     score_columns: Any
     product_columns: Any
-    key_sums: Any
-    value_sums: Any
     own_ready: Any
     query_ready: Any
     cotangent_ready: Any
@@ -113,38 +66,19 @@ class Memory(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class KeyGradientKernel:
-    """The kernel of one plan.
+class KeyGradientKernel(TileKernel):
+    """The kernel of one inverse plan, of one part per block.
 
     Args:
-      plan: tiles and walk, inverse; one part per block.
-      interpreted: whether the interpreter runs it; see `token_boxes` and `ProductColumns`.
+      gradients: which of dK and dV it computes.
     """
 
-    plan: TilePlan
-    interpreted: bool
+    gradients: tuple[str, ...]
 
     @property
-    def queries(self) -> TokenArray:
-        """How query and out's cotangent lie."""
-        problem = self.plan.problem
-        return TokenArray(self.plan.dilation, problem.query_heads, problem.head_dim)
-
-    @property
-    def keys(self) -> TokenArray:
-        """How key, value and their gradients lie."""
-        problem = self.plan.problem
-        return TokenArray(self.plan.dilation, problem.kv_heads, problem.head_dim)
-
-    @property
-    def key_buffer(self) -> BoxBuffer:
-        """The block's keys, at the end their gradient; and the like for values."""
-        return BoxBuffer(self.keys, self.plan.kv_tile, 1, self.interpreted)
-
-    @property
-    def query_buffer(self) -> BoxBuffer:
-        """One slot per stage."""
-        return BoxBuffer(self.queries, self.plan.q_tile, self.plan.stages, self.interpreted)
+    def num_warpgroups(self) -> int:
+        """Workers share the columns of a visited tile, not the rows of the own one."""
+        return self.columns.num_workers + 1
 
     @property
     def rows(self) -> RowBoxes:
@@ -162,23 +96,24 @@ class KeyGradientKernel:
         return ProductColumns(self.columns, 1, self.interpreted)
 
     def scratch(self) -> list[Any]:
-        """Shared memory, tensor memory and barriers in the order of `Memory`."""
+        """Tensor memory for the gradients, then what is left in the order of `Memory`."""
         plan, dtype, workers = self.plan, self.plan.problem.dtype, self.columns.num_workers
-        own, visited = self.key_buffer, self.query_buffer
+        own, visited, values = self.own, self.visited, self.visited_values
         sums = plgpu.TMEM((plan.rows, plan.problem.head_dim), jnp.float32)
         slots = functools.partial(plgpu.Barrier, num_barriers=plan.stages)
+        loaded = functools.partial(plgpu.Barrier, num_arrivals=visited.num_copies)
         ordered = functools.partial(plgpu.Barrier, orders_tensor_core=True)
         return [
+            *(sums for _ in self.gradients),
             *(own.scratch(dtype) for _ in range(2)),
-            *(visited.scratch(dtype) for _ in range(2)),
+            visited.scratch(dtype),
+            values.scratch(dtype),
             *(self.rows.scratch() for _ in range(2)),
             *(self.products.scratch(dtype) for _ in range(2)),
-            sums,
-            sums,
             plgpu.Barrier(num_arrivals=2 * own.num_copies),
-            *(slots(num_arrivals=visited.num_copies) for _ in range(2)),
+            *(loaded(num_barriers=buffer.slots) for buffer in (visited, values)),
             slots(num_arrivals=2 * self.rows.num_copies),
-            *(slots(orders_tensor_core=True) for _ in range(2)),
+            *(ordered(num_barriers=buffer.slots) for buffer in (visited, values)),
             slots(num_arrivals=workers),
             *(ordered() for _ in range(2)),
             *(ordered(num_arrivals=workers) for _ in range(2)),
@@ -187,11 +122,15 @@ class KeyGradientKernel:
 
     def body(self, *references: Any) -> None:
         """One block. A tile without tokens has no work at all."""
-        memory = Memory(*references)
+        sums = INPUTS + len(self.gradients)
+        rest = sums + len(self.gradients)
+        gradients = references[INPUTS:sums]
+        memory = Memory(
+            *[*references[:INPUTS], gradients, references[sums:rest], *references[rest:]]
+        )
 
         def with_walk(role: Any) -> None:
-            # Computed in each role anew: scalars that lived through the fork of roles would cost all of them registers.
-            walk = tile_walk(self.plan, lax.axis_index("tile"))
+            walk = self.walk()
             pl.when(walk.num_visits > 0)(lambda: role(memory, walk))
 
         warpgroups.take_roles(
@@ -201,103 +140,79 @@ class KeyGradientKernel:
             lambda: with_walk(self._produce),
         )
 
-    def _steps(self, walk: TileWalk) -> tuple[Any, Any]:
-        """Clean steps, and all steps: every visit once per query head of the group."""
-        heads = self.plan.problem.heads_per_kv
-        return heads * walk.num_clean, heads * walk.num_visits
-
-    def _visit_of(self, step: Any, num_visits: Any) -> tuple[Any, Any]:
-        """Query head of the group, and number of the visit, of a step among heads of `num_visits` each."""
-        if self.plan.problem.heads_per_kv == 1:
-            return 0, step
-        return quotient_and_digit(step, num_visits)
-
-    def _place(self, walk: TileWalk, start: Any, head: Any) -> BoxPlace:
-        return BoxPlace(lax.axis_index("batch"), head, walk.residues, tuple(start))
-
-    def _own_place(self, walk: TileWalk) -> BoxPlace:
-        return self._place(walk, walk.own_start, lax.axis_index("head"))
-
-    def _slot(self, step: Any) -> Any:
-        return lax.rem(step, jnp.int32(self.plan.stages))
-
     def _produce(self, memory: Memory, walk: TileWalk) -> None:
         """Starts the copies of K and V, and of every visited Q tile as soon as its slot is free."""
-        own, stages = self.key_buffer, self.plan.stages
-        place, (num_clean, num_steps) = self._own_place(walk), self._steps(walk)
+        own, place, (_, num_steps) = self.own, self.own_place(walk), self.steps(walk)
         own.load(memory.key, memory.key_slots, 0, place, memory.own_ready)
         own.load(memory.value, memory.value_slots, 0, place, memory.own_ready)
-
-        def load(step: Any, head: Any, start: Any) -> None:
-            first_head = lax.axis_index("head") * self.plan.problem.heads_per_kv
-            self._load(memory, step, self._place(walk, start, first_head + head))
-
-        @pl.loop(jnp.int32(0), num_clean)
-        def _(step):
-            head, visit = self._visit_of(step, walk.num_clean)
-            load(step, head, walk.clean_tile(visit))
-
-        @pl.loop(num_clean, num_steps)
-        def _(step):
-            head, visit = self._visit_of(step - num_clean, walk.num_visits - walk.num_clean)
-            load(step, head, walk.shell_tile(visit))
-
-        barriers = memory.query_free, memory.cotangent_free, memory.rows_free
-        drain_slots(num_steps, stages, *barriers)
+        self.for_each_step(walk, functools.partial(self._load, memory))
+        stages, value_stages = self.plan.stages, self.plan.value_stages
+        drain_slots(num_steps, stages, memory.query_free, memory.rows_free)
+        drain_slots(num_steps, value_stages, memory.cotangent_free)
 
     def _load(self, memory: Memory, step: Any, place: BoxPlace) -> None:
-        """Starts the copies of one Q tile: Q, dO, lse and delta."""
-        visited, rows, slot = self.query_buffer, self.rows, self._slot(step)
-        wait_for = lambda free: wait_for_slot(free, step, self.plan.stages)
-
-        wait_for(memory.query_free)
+        """Starts the copies of one Q tile: Q, lse and delta, dO."""
+        visited, values, rows, slot = self.visited, self.visited_values, self.rows, self.slot(step)
+        wait_for_slot(memory.query_free, step, visited.slots)
         visited.load(memory.query, memory.query_slots, slot, place, memory.query_ready.at[slot])
-        wait_for(memory.rows_free)
+        wait_for_slot(memory.rows_free, step, rows.slots)
         ready = memory.rows_ready.at[slot]
         rows.load(memory.lse, memory.lse_slots, slot, place, ready)
         rows.load(memory.delta, memory.delta_slots, slot, place, ready)
-        wait_for(memory.cotangent_free)
+        slot = self.value_slot(step)
+        wait_for_slot(memory.cotangent_free, step, values.slots)
         ready = memory.cotangent_ready.at[slot]
-        visited.load(memory.out_cotangent, memory.cotangent_slots, slot, place, ready)
+        values.load(memory.out_cotangent, memory.cotangent_slots, slot, place, ready)
 
     def _multiply(self, memory: Memory, walk: TileWalk) -> None:
         """Issues all products. Instructions of one warp run in the order of issue.
 
-        Hence S^T of a tile may overwrite P^T of the tile before, once dV of that has been issued, and dP^T likewise dS^T.
+        Hence S^T of a tile may overwrite P^T of the tile before, once dV of that has been issued, and dP^T likewise dS^T. Without
+        dV, S^T waits for dK of the tile before, whose dS^T came of the S^T that it overwrites.
         """
-        _, num_steps = self._steps(walk)
+        _, num_steps = self.steps(walk)
+        adds = {"value": self._add_to_values, "key": self._add_to_keys}
+        first, *second = [add for name, add in adds.items() if name in self.gradients]
         plgpu.barrier_wait(memory.own_ready)
         self._multiply_keys(memory, jnp.int32(0))
         self._multiply_values(memory, jnp.int32(0))
 
         @pl.loop(jnp.int32(1), num_steps)
         def _(step):
-            self._add_to_values(memory, step - 1)
+            first(memory, step - 1)
             self._multiply_keys(memory, step)
-            self._add_to_keys(memory, step - 1)
+            for add in second:
+                add(memory, step - 1)
             self._multiply_values(memory, step)
 
-        self._add_to_values(memory, num_steps - 1)
-        self._add_to_keys(memory, num_steps - 1)
+        for add in (first, *second):
+            add(memory, num_steps - 1)
         plgpu.tcgen05_commit_arrive(memory.sums_ready)
 
     def _multiply_keys(self, memory: Memory, step: Any) -> None:
         """S^T = K Q^T of a tile, not scaled."""
-        key, query = memory.key_slots, memory.query_slots
-        plgpu.barrier_wait(memory.query_ready.at[self._slot(step)])
-        self._multiply_own(memory.score_columns, key, query, step)
+        slot, key = self.slot(step), self.own.operand(memory.key_slots)
+        query = self.visited.operand(memory.query_slots)
+        plgpu.barrier_wait(memory.query_ready.at[slot])
+        self._multiply_own(memory.score_columns, key, query, slot)
         plgpu.tcgen05_commit_arrive(memory.scores_ready)
+        if "key" not in self.gradients:
+            plgpu.tcgen05_commit_arrive(memory.query_free.at[slot])
 
     def _multiply_values(self, memory: Memory, step: Any) -> None:
-        """dP^T = V dO^T of a tile."""
-        value, cotangent = memory.value_slots, memory.cotangent_slots
-        plgpu.barrier_wait(memory.cotangent_ready.at[self._slot(step)])
-        self._multiply_own(memory.product_columns, value, cotangent, step)
+        """dP^T = V dO^T of a tile, which dK alone needs."""
+        if "key" not in self.gradients:
+            return
+        slot = self.value_slot(step)
+        value = self.own.operand(memory.value_slots)
+        cotangent = self.visited_values.operand(memory.cotangent_slots)
+        plgpu.barrier_wait(memory.cotangent_ready.at[slot])
+        self._multiply_own(memory.product_columns, value, cotangent, slot)
         plgpu.tcgen05_commit_arrive(memory.products_ready)
+        if "value" not in self.gradients:
+            plgpu.tcgen05_commit_arrive(memory.cotangent_free.at[slot])
 
-    def _multiply_own(self, product: Any, own_slots: Any, visited_slots: Any, step: Any) -> None:
-        own, slot = self.key_buffer.operand(own_slots), self._slot(step)
-        visited = self.query_buffer.operand(visited_slots)
+    def _multiply_own(self, product: Any, own: Any, visited: Any, slot: Any) -> None:
         warpgroups.multiply_operands(
             self.products.product(product, 0),
             lambda chunk: own.at[0, chunk],
@@ -307,20 +222,24 @@ class KeyGradientKernel:
 
     def _add_to_values(self, memory: Memory, step: Any) -> None:
         """dV += P^T dO of a tile."""
+        slot, cotangent = self.value_slot(step), self.visited_values.operand(memory.cotangent_slots)
+        if "key" not in self.gradients:
+            plgpu.barrier_wait(memory.cotangent_ready.at[slot])
         plgpu.barrier_wait(memory.weights_ready)
-        cotangent = memory.cotangent_slots
-        self._add_to_sums(memory.value_sums, memory.score_columns, cotangent, step)
-        plgpu.tcgen05_commit_arrive(memory.cotangent_free.at[self._slot(step)])
+        self._add_to_sums(memory, "value", memory.score_columns, cotangent, slot, step)
+        plgpu.tcgen05_commit_arrive(memory.cotangent_free.at[slot])
 
     def _add_to_keys(self, memory: Memory, step: Any) -> None:
         """dK += dS^T Q of a tile."""
+        slot, query = self.slot(step), self.visited.operand(memory.query_slots)
         plgpu.barrier_wait(memory.gradients_ready)
-        query = memory.query_slots
-        self._add_to_sums(memory.key_sums, memory.product_columns, query, step)
-        plgpu.tcgen05_commit_arrive(memory.query_free.at[self._slot(step)])
+        self._add_to_sums(memory, "key", memory.product_columns, query, slot, step)
+        plgpu.tcgen05_commit_arrive(memory.query_free.at[slot])
 
-    def _add_to_sums(self, sums: Any, operands: Any, visited_slots: Any, step: Any) -> None:
-        visited, slot = self.query_buffer.operand(visited_slots), self._slot(step)
+    def _add_to_sums(
+        self, memory: Memory, name: str, operands: Any, visited: Any, slot: Any, step: Any
+    ) -> None:
+        sums = memory.sums[self.gradients.index(name)]
         warpgroups.add_products(
             lambda chunk: self._sum(sums, chunk),
             lambda worker: self.products.operand_of(operands, 0, worker),
@@ -335,11 +254,9 @@ class KeyGradientKernel:
         return sums.at[:, pl.ds(chunk * width, width)]
 
     def _work(self, memory: Memory, walk: TileWalk, worker: Any) -> None:
-        """A worker: P^T and dS^T of its half of every tile; at the end one of the gradients written out."""
-        plan, (num_clean, num_steps) = self.plan, self._steps(walk)
-        rows = masks.digits(warpgroups.iota(plan.rows, ROW), plan.kv_tile)
-        keys = tuple(first + row for first, row in zip(walk.own_start, rows, strict=True))
-        intervals = masks.query_intervals(plan.problem.neighborhood.axes, keys, walk.lengths)
+        """A worker: P^T and dS^T of its share of every tile; at the end a gradient written out."""
+        (num_clean, num_steps), place = self.steps(walk), self.own_place(walk)
+        intervals = self.intervals(place, warpgroups.iota(self.plan.rows, ROW))
 
         @pl.loop(jnp.int32(0), num_clean)
         def _(step):
@@ -347,25 +264,19 @@ class KeyGradientKernel:
 
         @pl.loop(num_clean, num_steps)
         def _(step):
-            _, visit = self._visit_of(step - num_clean, walk.num_visits - walk.num_clean)
-            first = walk.shell_tile(visit)
+            first = self.shell_place(walk, step).start
             self._visit(memory, worker, step, lambda: self.columns.seen(intervals, first, worker))
 
-        place = self._own_place(walk)
         plgpu.barrier_wait(memory.sums_ready)
+        for number in range(len(self.gradients)):
 
-        @pl.when(worker == 0)
-        def _():
-            scale = plan.problem.scale
-            self._write(memory.key_sums, scale, memory.key_slots, memory.key_gradient, place)
-
-        @pl.when(worker == self.columns.num_workers - 1)
-        def _():
-            self._write(memory.value_sums, 1.0, memory.value_slots, memory.value_gradient, place)
+            @pl.when(worker == min(number, self.columns.num_workers - 1))
+            def _(number: int = number):
+                self._write(memory, number, place)
 
     def _visit(self, memory: Memory, worker: Any, step: Any, mask: Any) -> None:
         """One Q tile: P^T, then dS^T, of the worker's queries."""
-        slot, width = self._slot(step), self.columns.width
+        slot, width = self.slot(step), self.columns.width
         queries = pl.ds(worker * width, width)
 
         def statistic(slots: Any) -> jax.Array:
@@ -376,21 +287,28 @@ class KeyGradientKernel:
         plgpu.barrier_wait(memory.scores_ready)
         scores = warpgroups.read(self.products.product_of(memory.score_columns, 0, worker))
         weights = weights_of(scores, lse, mask(), scale=self.plan.problem.scale, query_axis=1)
-        self.products.replace(memory.score_columns, 0, worker, weights, memory.weights_ready)
-        delta = statistic(memory.delta_slots)
-        plgpu.barrier_wait(memory.products_ready)
-        products = warpgroups.read(self.products.product_of(memory.product_columns, 0, worker))
-        gradient = gradient_of_scores(weights, products, delta, query_axis=1)
-        self.products.replace(memory.product_columns, 0, worker, gradient, memory.gradients_ready)
+        if "value" in self.gradients:
+            self.products.replace(memory.score_columns, 0, worker, weights, memory.weights_ready)
+        if "key" in self.gradients:
+            delta = statistic(memory.delta_slots)
+            plgpu.barrier_wait(memory.products_ready)
+            products = warpgroups.read(self.products.product_of(memory.product_columns, 0, worker))
+            gradient = gradient_of_scores(weights, products, delta, query_axis=1)
+            ready = memory.gradients_ready
+            self.products.replace(memory.product_columns, 0, worker, gradient, ready)
         plgpu.commit_smem()  # statistics have been read before copies refill the slot
         plgpu.barrier_arrive(memory.rows_free.at[slot])
 
-    def _write(self, sums: Any, scale: float, slots: Any, memory: Any, place: BoxPlace) -> None:
+    def _write(self, memory: Memory, number: int, place: BoxPlace) -> None:
         """A gradient through the slot of what it is of."""
-        operand = self.key_buffer.operand(slots)
+        is_key = self.gradients[number] == "key"
+        slots, scale = (
+            (memory.key_slots, self.plan.problem.scale) if is_key else (memory.value_slots, 1.0)
+        )
+        operand = self.own.operand(slots)
         for chunk in range(self.keys.num_chunks):
-            gradient = warpgroups.read(self._sum(sums, chunk)) * scale
+            gradient = warpgroups.read(self._sum(memory.sums[number], chunk)) * scale
             operand[0, chunk] = gradient.astype(self.plan.problem.dtype)
         plgpu.commit_smem()
-        self.key_buffer.store(slots, 0, memory, place)
+        self.own.store(slots, 0, memory.gradients[number], place)
         plgpu.wait_smem_to_gmem(0)

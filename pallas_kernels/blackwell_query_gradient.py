@@ -5,77 +5,27 @@ of the queries' key box, as the forward does; one warp issues the products S = Q
 warpgroups (the workers) turn S and dP into dS, half of a tile's keys each. Scores have two slots: the next tile's are
 computed while the workers are at this one's.
 
-Reading order: `plan`, `token_boxes`, `masks`, `softmax_gradient`, `blackwell_warpgroups`, then here. The gradients of keys and
+Reading order: `plan`, `token_boxes`, `masks`, `softmax_gradient`, `tile_kernel`, `blackwell_warpgroups`, then here. The gradients of keys and
 values: `blackwell_key_gradient`. Budget and resources: docs/deep-dives/blackwell-backward.md.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gna_jax.problem import Operands, Problem
-from gna_jax.tiling import Tiles
 from pallas_kernels import blackwell_warpgroups as warpgroups
-from pallas_kernels import masks
 from pallas_kernels.blackwell_warpgroups import ROW, ProductColumns, VisitedColumns
-from pallas_kernels.launch import launch
-from pallas_kernels.limits import query_gradient_plan
-from pallas_kernels.online_softmax import LOG2_E
-from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
-from pallas_kernels.row_statistics import to_parts
+from pallas_kernels.plan import TileWalk, part_number
 from pallas_kernels.slots import drain_slots, wait_for_slot
 from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
-from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
+from pallas_kernels.tile_kernel import TileKernel
+from pallas_kernels.token_boxes import BoxPlace
 
 SCORE_SLOTS = 2
-
-
-def query_gradient(
-    problem: Problem,
-    operands: Operands,
-    tiles: Tiles,
-    out_cotangent: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    interpret: Any = None,
-) -> jax.Array:
-    """`dQ = scale * (P * (dO V^T - delta)) K`, `[B, *space, N, H]` in the operands' dtype.
-
-    Args:
-      problem, tiles: what `supports` accepts.
-      operands: query [B, *space, N, H], key and value [B, *space, K, H].
-      out_cotangent: dO [B, *space, N, H], in the operands' dtype.
-      lse: [B, *space, N] float32, natural log.
-      delta: [B, *space, N] float32, see `row_statistics.delta`.
-      interpret: `plgpu.InterpretGPUParams` to run in the interpreter on a CPU, None on a GPU.
-    """
-    kernel = QueryGradientKernel(query_gradient_plan(problem, tiles), interpret is not None)
-    queries, keys, plan = kernel.queries, kernel.keys, kernel.plan
-    (gradient,) = launch(
-        kernel.body,
-        plan,
-        heads=problem.query_heads,
-        num_warpgroups=kernel.columns.num_workers + 1,
-        outputs=[
-            jax.ShapeDtypeStruct(queries.shape(problem.batch, problem.query_layout), problem.dtype)
-        ],
-        scratch=kernel.scratch(),
-        interpret=interpret,
-    )(
-        queries.split(operands.query),
-        queries.split(out_cotangent),
-        keys.split(operands.key),
-        keys.split(operands.value),
-        to_parts(plan, lse * LOG2_E),
-        to_parts(plan, delta),
-    )
-    return queries.merge(gradient, problem.query_layout)
 
 
 class Memory(NamedTuple):
@@ -106,39 +56,13 @@ class Memory(NamedTuple):
     sums_ready: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class QueryGradientKernel:
-    """The kernel of one plan.
-
-    Args:
-      plan: tiles and walk; one part per block.
-      interpreted: whether the interpreter runs it; see `token_boxes` and `ProductColumns`.
-    """
-
-    plan: TilePlan
-    interpreted: bool
+class QueryGradientKernel(TileKernel):
+    """The kernel of one plan, of one part per block."""
 
     @property
-    def queries(self) -> TokenArray:
-        """How query, out's cotangent and the gradient lie."""
-        problem = self.plan.problem
-        return TokenArray(self.plan.dilation, problem.query_heads, problem.head_dim)
-
-    @property
-    def keys(self) -> TokenArray:
-        """How key and value lie."""
-        problem = self.plan.problem
-        return TokenArray(self.plan.dilation, problem.kv_heads, problem.head_dim)
-
-    @property
-    def query_buffer(self) -> BoxBuffer:
-        """The block's queries, at the end their gradient; and the like for out's cotangent."""
-        return BoxBuffer(self.queries, self.plan.q_tile, 1, self.interpreted)
-
-    @property
-    def key_buffer(self) -> BoxBuffer:
-        """One slot per stage."""
-        return BoxBuffer(self.keys, self.plan.kv_tile, self.plan.stages, self.interpreted)
+    def num_warpgroups(self) -> int:
+        """Workers share the columns of a visited tile, not the rows of the own one."""
+        return self.columns.num_workers + 1
 
     @property
     def columns(self) -> VisitedColumns:
@@ -153,18 +77,19 @@ class QueryGradientKernel:
     def scratch(self) -> list[Any]:
         """Shared memory, tensor memory and barriers in the order of `Memory`."""
         plan, dtype, workers = self.plan, self.plan.problem.dtype, self.columns.num_workers
-        own, visited = self.query_buffer, self.key_buffer
+        own, visited, values = self.own, self.visited, self.visited_values
         loaded = functools.partial(plgpu.Barrier, num_arrivals=visited.num_copies)
         ordered = functools.partial(plgpu.Barrier, orders_tensor_core=True)
         return [
             *(own.scratch(dtype) for _ in range(2)),
-            *(visited.scratch(dtype) for _ in range(2)),
+            visited.scratch(dtype),
+            values.scratch(dtype),
             self.scores.scratch(dtype),
             plgpu.TMEM((plan.rows, plan.columns), jnp.float32),
             plgpu.TMEM((plan.rows, plan.problem.head_dim), jnp.float32),
             plgpu.Barrier(num_arrivals=2 * own.num_copies),
-            *(loaded(num_barriers=plan.stages) for _ in range(2)),
-            *(ordered(num_barriers=plan.stages) for _ in range(2)),
+            *(loaded(num_barriers=buffer.slots) for buffer in (visited, values)),
+            *(ordered(num_barriers=buffer.slots) for buffer in (visited, values)),
             ordered(num_barriers=SCORE_SLOTS),
             ordered(),
             ordered(num_arrivals=workers),
@@ -176,8 +101,7 @@ class QueryGradientKernel:
         memory = Memory(*references)
 
         def with_walk(role: Any) -> None:
-            # Computed in each role anew: scalars that lived through the fork of roles would cost all of them registers.
-            walk = tile_walk(self.plan, lax.axis_index("tile"))
+            walk = self.walk()
             pl.when(walk.num_visits > 0)(lambda: role(memory, walk))
 
         warpgroups.take_roles(
@@ -187,39 +111,24 @@ class QueryGradientKernel:
             lambda: with_walk(self._produce),
         )
 
-    def _place(self, walk: TileWalk, start: Any, *, is_key: bool) -> BoxPlace:
-        head = lax.axis_index("head")
-        if is_key and self.plan.problem.heads_per_kv > 1:
-            head = lax.div(head, jnp.int32(self.plan.problem.heads_per_kv))
-        return BoxPlace(lax.axis_index("batch"), head, walk.residues, tuple(start))
-
-    def _slot(self, step: Any) -> Any:
-        return lax.rem(step, jnp.int32(self.plan.stages))
-
     def _produce(self, memory: Memory, walk: TileWalk) -> None:
         """Starts the copies of Q and dO, and of every visited KV tile as soon as its slot is free."""
-        own, visited, stages = self.query_buffer, self.key_buffer, self.plan.stages
-        place = self._place(walk, walk.own_start, is_key=False)
+        own, visited, values = self.own, self.visited, self.visited_values
+        place = self.own_place(walk)
         own.load(memory.query, memory.query_slots, 0, place, memory.own_ready)
         own.load(memory.out_cotangent, memory.cotangent_slots, 0, place, memory.own_ready)
 
-        def load(step: Any, start: Any) -> None:
-            slot, place = self._slot(step), self._place(walk, start, is_key=True)
-            wait_for_slot(memory.key_free, step, stages)
+        def load(step: Any, place: BoxPlace) -> None:
+            slot = self.slot(step)
+            wait_for_slot(memory.key_free, step, visited.slots)
             visited.load(memory.key, memory.key_slots, slot, place, memory.key_ready.at[slot])
-            wait_for_slot(memory.value_free, step, stages)
-            ready = memory.value_ready.at[slot]
-            visited.load(memory.value, memory.value_slots, slot, place, ready)
+            slot = self.value_slot(step)
+            wait_for_slot(memory.value_free, step, values.slots)
+            values.load(memory.value, memory.value_slots, slot, place, memory.value_ready.at[slot])
 
-        @pl.loop(jnp.int32(0), walk.num_clean)
-        def _(step):
-            load(step, walk.clean_tile(step))
-
-        @pl.loop(walk.num_clean, walk.num_visits)
-        def _(step):
-            load(step, walk.shell_tile(step - walk.num_clean))
-
-        drain_slots(walk.num_visits, stages, memory.key_free, memory.value_free)
+        self.for_each_step(walk, load)
+        drain_slots(walk.num_visits, visited.slots, memory.key_free)
+        drain_slots(walk.num_visits, values.slots, memory.value_free)
 
     def _multiply(self, memory: Memory, walk: TileWalk) -> None:
         """Issues all products. Instructions of one warp run in the order of issue.
@@ -243,9 +152,8 @@ class QueryGradientKernel:
 
     def _multiply_keys(self, memory: Memory, step: Any) -> None:
         """Scores of a tile: S = Q K^T, not scaled."""
-        slot, score_slot = self._slot(step), lax.rem(step, jnp.int32(SCORE_SLOTS))
-        query = self.query_buffer.operand(memory.query_slots)
-        key = self.key_buffer.operand(memory.key_slots)
+        slot, score_slot = self.slot(step), lax.rem(step, jnp.int32(SCORE_SLOTS))
+        query, key = self.own.operand(memory.query_slots), self.visited.operand(memory.key_slots)
         plgpu.barrier_wait(memory.key_ready.at[slot])
         warpgroups.multiply_operands(
             self.scores.product(memory.score_columns, score_slot),
@@ -257,9 +165,9 @@ class QueryGradientKernel:
 
     def _multiply_values(self, memory: Memory, step: Any) -> None:
         """dP = dO V^T of a tile."""
-        slot = self._slot(step)
-        cotangent = self.query_buffer.operand(memory.cotangent_slots)
-        value = self.key_buffer.operand(memory.value_slots)
+        slot = self.value_slot(step)
+        cotangent = self.own.operand(memory.cotangent_slots)
+        value = self.visited_values.operand(memory.value_slots)
         plgpu.barrier_wait(memory.value_ready.at[slot])
         warpgroups.multiply_operands(
             memory.product_columns,
@@ -272,8 +180,8 @@ class QueryGradientKernel:
 
     def _add_to_sums(self, memory: Memory, step: Any) -> None:
         """dQ += dS K of a tile."""
-        slot, score_slot = self._slot(step), lax.rem(step, jnp.int32(SCORE_SLOTS))
-        key = self.key_buffer.operand(memory.key_slots)
+        slot, score_slot = self.slot(step), lax.rem(step, jnp.int32(SCORE_SLOTS))
+        key = self.visited.operand(memory.key_slots)
         warpgroups.add_products(
             lambda chunk: self._sum(memory, chunk),
             lambda worker: self.scores.operand_of(memory.score_columns, score_slot, worker),
@@ -291,15 +199,13 @@ class QueryGradientKernel:
     def _work(self, memory: Memory, walk: TileWalk, worker: Any) -> None:
         """A worker: dS of its half of every tile. The first one writes dQ out."""
         plan = self.plan
-        place = self._place(walk, walk.own_start, is_key=False)
-        part = part_number(plan, walk, walk.own_start)
+        place = self.own_place(walk)
+        part = part_number(plan, walk, place.start)
         lse, delta = (
             plgpu.load(rows.at[place.batch, place.head, part], layout=ROW, optimized=False)
             for rows in (memory.lse, memory.delta)
         )
-        rows = masks.digits(warpgroups.iota(plan.rows, ROW), plan.q_tile)
-        queries = tuple(first + row for first, row in zip(walk.own_start, rows, strict=True))
-        intervals = masks.key_intervals(plan.problem.neighborhood.axes, queries, walk.lengths)
+        intervals = self.intervals(place, warpgroups.iota(plan.rows, ROW))
 
         def visit(step: Any, mask: Any) -> None:
             slot = lax.rem(step, jnp.int32(SCORE_SLOTS))
@@ -320,7 +226,7 @@ class QueryGradientKernel:
 
         @pl.loop(walk.num_clean, walk.num_visits)
         def _(step):
-            first = walk.shell_tile(step - walk.num_clean)
+            first = self.shell_place(walk, step).start
             visit(step, lambda: self.columns.seen(intervals, first, worker))
 
         @pl.when(worker == 0)
@@ -330,11 +236,11 @@ class QueryGradientKernel:
     def _write(self, memory: Memory, place: BoxPlace) -> None:
         """The gradient through the slot of the queries."""
         problem = self.plan.problem
-        gradient = self.query_buffer.operand(memory.query_slots)
+        gradient = self.own.operand(memory.query_slots)
         plgpu.barrier_wait(memory.sums_ready)
         for chunk in range(self.queries.num_chunks):
             sums = warpgroups.read(self._sum(memory, chunk)) * problem.scale
             gradient[0, chunk] = sums.astype(problem.dtype)
         plgpu.commit_smem()
-        self.query_buffer.store(memory.query_slots, 0, memory.gradient, place)
+        self.own.store(memory.query_slots, 0, memory.gradient, place)
         plgpu.wait_smem_to_gmem(0)

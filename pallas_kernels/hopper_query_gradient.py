@@ -5,7 +5,6 @@ memory, dQ in registers; per visit S = Q K^T, dP = dO V^T, and dQ += dS K. Nothi
 is fixed, and so are the bits.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,64 +14,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gna_jax.problem import Operands, Problem
-from gna_jax.tiling import Tiles
 from pallas_kernels import hopper_warpgroups as warpgroups
-from pallas_kernels import masks
 from pallas_kernels.hopper_warpgroups import COLUMN, REGISTERS, ROW
-from pallas_kernels.launch import launch
-from pallas_kernels.limits import query_gradient_plan
-from pallas_kernels.online_softmax import LOG2_E
-from pallas_kernels.plan import TilePlan, TileWalk, part_number, tile_walk
-from pallas_kernels.row_statistics import to_parts
-from pallas_kernels.slots import drain_slots
+from pallas_kernels.plan import TileWalk, part_number
+from pallas_kernels.slots import drain_slots, wait_for_slot
 from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
-from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
+from pallas_kernels.tile_kernel import TileKernel
+from pallas_kernels.token_boxes import BoxPlace
 
 COLUMNS = 64
 """Keys whose scores a worker holds at a time: 32 registers of S and 32 of dP beside 64 of dQ."""
-
-
-def query_gradient(
-    problem: Problem,
-    operands: Operands,
-    tiles: Tiles,
-    out_cotangent: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    interpret: Any = None,
-) -> jax.Array:
-    """`dQ = scale * (P * (dO V^T - delta)) K`, `[B, *space, N, H]` in the operands' dtype.
-
-    Args:
-      problem, tiles: what `supports` accepts.
-      operands: query [B, *space, N, H], key and value [B, *space, K, H].
-      out_cotangent: dO [B, *space, N, H], in the operands' dtype.
-      lse: [B, *space, N] float32, natural log.
-      delta: [B, *space, N] float32, see `row_statistics.delta`.
-      interpret: `plgpu.InterpretGPUParams` to run in the interpreter on a CPU, None on a GPU.
-    """
-    kernel = QueryGradientKernel(query_gradient_plan(problem, tiles), interpret is not None)
-    queries, keys, plan = kernel.queries, kernel.keys, kernel.plan
-    (gradient,) = launch(
-        kernel.body,
-        plan,
-        heads=problem.query_heads,
-        num_warpgroups=plan.num_workers + 1,
-        outputs=[
-            jax.ShapeDtypeStruct(queries.shape(problem.batch, problem.query_layout), problem.dtype)
-        ],
-        scratch=kernel.scratch(),
-        interpret=interpret,
-    )(
-        queries.split(operands.query),
-        queries.split(out_cotangent),
-        keys.split(operands.key),
-        keys.split(operands.value),
-        to_parts(plan, lse * LOG2_E),
-        to_parts(plan, delta),
-    )
-    return queries.merge(gradient, problem.query_layout)
 
 
 class Memory(NamedTuple):
@@ -98,39 +49,8 @@ class Memory(NamedTuple):
     staging: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class QueryGradientKernel:
-    """The kernel of one plan.
-
-    Args:
-      plan: tiles and walk.
-      interpreted: whether the interpreter runs it; see `token_boxes` and `hopper_warpgroups.add_products`.
-    """
-
-    plan: TilePlan
-    interpreted: bool
-
-    @property
-    def queries(self) -> TokenArray:
-        """How query, out's cotangent and the gradient lie."""
-        problem = self.plan.problem
-        return TokenArray(self.plan.dilation, problem.query_heads, problem.head_dim)
-
-    @property
-    def keys(self) -> TokenArray:
-        """How key and value lie."""
-        problem = self.plan.problem
-        return TokenArray(self.plan.dilation, problem.kv_heads, problem.head_dim)
-
-    @property
-    def query_buffer(self) -> BoxBuffer:
-        """One slot per worker: its queries, at the end their gradient; and the like for out's cotangent."""
-        return BoxBuffer(self.queries, self.plan.part, self.plan.num_workers, self.interpreted)
-
-    @property
-    def key_buffer(self) -> BoxBuffer:
-        """One slot per stage."""
-        return BoxBuffer(self.keys, self.plan.kv_tile, self.plan.stages, self.interpreted)
+class QueryGradientKernel(TileKernel):
+    """The kernel of one plan."""
 
     @property
     def width(self) -> int:
@@ -140,7 +60,7 @@ class QueryGradientKernel:
     def scratch(self) -> list[Any]:
         """Shared memory and barriers in the order of `Memory`."""
         plan, dtype = self.plan, self.plan.problem.dtype
-        own, visited = self.query_buffer, self.key_buffer
+        own, visited = self.own, self.visited
         rows = plgpu.SMEM((plan.num_workers, plan.rows), jnp.float32)
         scratch = [
             *(own.scratch(dtype) for _ in range(2)),
@@ -163,34 +83,23 @@ class QueryGradientKernel:
             self.plan.num_workers,
             REGISTERS[self.plan.num_workers],
             lambda worker: self._work(memory, worker),
-            lambda: self._produce(memory, self._walk()),
+            lambda: self._produce(memory, self.walk()),
         )
-
-    def _walk(self) -> TileWalk:
-        """Computed in each role anew: scalars that lived through the fork of roles would cost both of them registers."""
-        return tile_walk(self.plan, lax.axis_index("tile"))
-
-    def _place(self, walk: TileWalk, start: Any, *, is_key: bool) -> BoxPlace:
-        head = lax.axis_index("head")
-        if is_key and self.plan.problem.heads_per_kv > 1:
-            head = lax.div(head, jnp.int32(self.plan.problem.heads_per_kv))
-        return BoxPlace(lax.axis_index("batch"), head, walk.residues, tuple(start))
 
     def _produce(self, memory: Memory, walk: TileWalk) -> None:
         """Starts the copies of every visited KV tile, as soon as the slot is free."""
-        stages, buffer = self.plan.stages, self.key_buffer
+        stages, buffer = self.plan.stages, self.visited
 
-        def load(slot: Any, start: Any) -> None:
-            place, ready = self._place(walk, start, is_key=True), memory.ready.at[slot]
+        def load(step: Any, place: BoxPlace) -> None:
+            slot = self.slot(step)
+            ready = memory.ready.at[slot]
+            wait_for_slot(memory.free, step, stages)
             buffer.load(memory.key, memory.key_slots, slot, place, ready)
             buffer.load(memory.value, memory.value_slots, slot, place, ready)
-            warpgroups.note(memory.notes, slot, start)
+            warpgroups.note(memory.notes, slot, place.start)
             plgpu.barrier_arrive(ready)
 
-        clean = lambda step, slot: load(slot, walk.clean_tile(step))
-        shell = lambda step, slot: load(slot, walk.shell_tile(step - walk.num_clean))
-        warpgroups.fill_slots(jnp.int32(0), walk.num_clean, stages, memory.free, clean)
-        warpgroups.fill_slots(walk.num_clean, walk.num_visits, stages, memory.free, shell)
+        self.for_each_step(walk, load)
         drain_slots(walk.num_visits, stages, memory.free)
 
     def _work(self, memory: Memory, worker: Any) -> None:
@@ -206,15 +115,11 @@ class QueryGradientKernel:
         sums = lax.fori_loop(jnp.int32(0), visits[0], clean, sums)
         worker = lax.axis_index("warpgroup")
         place = warpgroups.noted_place(plan, memory.notes, plan.stages + worker)
-        rows = masks.digits(warpgroups.iota(plan.rows, ROW), plan.part)
-        queries = tuple(first + row for first, row in zip(place.start, rows, strict=True))
-        lengths = plan.lengths(place.residues)
-        intervals = masks.key_intervals(plan.problem.neighborhood.axes, queries, lengths)
+        intervals = self.intervals(place, warpgroups.iota(plan.rows, ROW))
 
         def mask(slot: Any, column: int) -> jax.Array:
-            keys = masks.digits(warpgroups.iota(self.width, COLUMN) + column, plan.kv_tile)
             first = warpgroups.noted(memory.notes, slot, plan.problem.rank)
-            return masks.seen(intervals, first, keys, (plan.rows, self.width))
+            return self.seen(intervals, first, warpgroups.iota(self.width, COLUMN) + column)
 
         shell = functools.partial(self._visit, memory, worker, statistics, mask=mask)
         visits = warpgroups.noted_visits(memory.notes, plan.stages + worker)
@@ -222,14 +127,12 @@ class QueryGradientKernel:
 
     def _load_own(self, memory: Memory, worker: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         """Fetches the part's Q and dO to shared memory, notes place and visits; returns the visits, and lse and delta."""
-        plan, walk, buffer = self.plan, self._walk(), self.query_buffer
-        start = list(walk.own_start)
-        start[plan.split_axis] = start[plan.split_axis] + worker * plan.part[plan.split_axis]
-        place = self._place(walk, start, is_key=False)
+        plan, walk, buffer = self.plan, self.walk(), self.own
+        place = self.own_place(walk, worker)
         ready = memory.own_ready.at[worker]
         buffer.load(memory.query, memory.query_slots, worker, place, ready)
         buffer.load(memory.out_cotangent, memory.cotangent_slots, worker, place, ready)
-        part = part_number(plan, walk, start)
+        part = part_number(plan, walk, place.start)
         rows = (memory.lse, memory.lse_rows), (memory.delta, memory.delta_rows)
         for outside, inside in rows:
             source = outside.at[place.batch, place.head, part]
@@ -243,12 +146,12 @@ class QueryGradientKernel:
     def _write(self, memory: Memory, sums: tuple[Any, ...]) -> None:
         """The gradient out through the worker's own slot of queries."""
         worker, plan, problem = lax.axis_index("warpgroup"), self.plan, self.plan.problem
-        operand = self.query_buffer.operand(memory.query_slots)
+        operand = self.own.operand(memory.query_slots)
         for chunk, accumulated in enumerate(sums):
             operand[worker, chunk] = (accumulated * problem.scale).astype(problem.dtype)
         plgpu.commit_smem()
         place = warpgroups.noted_place(plan, memory.notes, plan.stages + worker)
-        self.query_buffer.store(memory.query_slots, worker, memory.gradient, place)
+        self.own.store(memory.query_slots, worker, memory.gradient, place)
         plgpu.wait_smem_to_gmem(0)
 
     def _visit(
@@ -262,11 +165,9 @@ class QueryGradientKernel:
     ) -> tuple[Any, ...]:
         """One KV tile, by slices of its keys: dQ of the slice added to the sums."""
         plan, chunks = self.plan, self.queries.num_chunks
-        slot = lax.rem(step, jnp.int32(plan.stages))
-        query, cotangent = map(
-            self.query_buffer.operand, (memory.query_slots, memory.cotangent_slots)
-        )
-        key, value = map(self.key_buffer.operand, (memory.key_slots, memory.value_slots))
+        slot = self.slot(step)
+        query, cotangent = map(self.own.operand, (memory.query_slots, memory.cotangent_slots))
+        key, value = map(self.visited.operand, (memory.key_slots, memory.value_slots))
         staging = memory.staging.at[worker] if self.interpreted else None
         lse, delta = statistics
         plgpu.barrier_wait(memory.ready.at[slot])

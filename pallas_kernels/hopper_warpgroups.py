@@ -105,12 +105,21 @@ def notes_of(plan: TilePlan) -> Any:
     return plgpu.SMEM((plan.stages + plan.num_workers, 4 + 2 * plan.problem.rank), jnp.int32)
 
 
-def product(chunks: int, left: Callable[[int], Any], right: Callable[[int], Any]) -> jax.Array:
-    """Float32 sum over chunks of `left(chunk) @ right(chunk)`, references to shared memory."""
+def product(
+    chunks: int,
+    left: Callable[[int], Any],
+    right: Callable[[int], Any],
+    when_queued: Callable[[], None] = lambda: None,
+) -> jax.Array:
+    """Float32 sum over chunks of `left(chunk) @ right(chunk)`, references to shared memory.
+
+    `when_queued()` runs when all multiplications are on their way, none of them done.
+    """
 
     def multiply(accumulator: Any) -> jax.Array:
         for chunk in range(chunks):
             plgpu.wgmma(accumulator, left(chunk), right(chunk))
+        when_queued()
         return accumulator[...]
 
     shape = left(0).shape[0], right(0).shape[1]

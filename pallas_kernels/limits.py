@@ -6,12 +6,50 @@ backend asks is the business of `gna_jax.backends`; the kernels themselves never
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from gna_jax.problem import Problem
 from gna_jax.tiling import Tiles
 from pallas_kernels.plan import TilePlan
 from pallas_kernels.row_statistics import ALIGNED_FLOATS
 from pallas_kernels.token_boxes import WIDEST_CHUNK
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (32, 64, 128, 256)
+WIDEST_NARROW_HEAD = 128
+MAX_WORKERS = 2
+LONGEST_BOX_SIDE = 256
+"""Tokens per axis of a TMA box."""
+STAGES = 2
+SMEM_ALIGNMENT = 1024
+"""Every buffer starts at a multiple of it: a swizzle pattern is 8 rows of 128 bytes."""
+RESERVED_SMEM = 1024
+"""Room for barriers and alignment, as the compiler's report has it."""
+LONGEST_GRID_AXIS = 65535
+"""Thread blocks on an axis of the grid other than the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """What registers, shared memory and tensor memory of a thread block hold, for some head dims.
+
+    A worker takes one part of an own tile, `Generation.rows` tokens. A tile of more parts than workers is several blocks' job.
+
+    Attributes:
+      columns: keys per KV tile of the forward, at most.
+      backward_columns: queries per Q tile of dK and dV, at most.
+      forward_workers, query_gradient_workers, key_gradient_workers: workers of a block, at most.
+      value_stages: tiles of V in flight in dQ, and of dO in dK and dV.
+      key_gradient_passes: the gradients that a block of dK and dV sums up at once; several passes walk several times.
+    """
+
+    columns: int
+    backward_columns: int
+    forward_workers: int
+    query_gradient_workers: int
+    key_gradient_workers: int
+    value_stages: int = STAGES
+    key_gradient_passes: tuple[tuple[str, ...], ...] = (("key", "value"),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,59 +60,82 @@ class Generation:
       name: as people say it.
       compute_capabilities: CUDA's, of the devices it runs on.
       rows: own tokens of one worker, the rows of one matrix instruction.
-      most_columns: keys per KV tile of the forward.
-      most_backward_columns: queries per Q tile of dK and dV.
-      backward_workers: workers that share a KV tile of dK and dV where nobody says how large it is.
+      narrow: what a block holds with head dims up to `WIDEST_NARROW_HEAD`.
+      wide: what it holds with wider ones.
     """
 
     name: str
     compute_capabilities: tuple[tuple[int, int], ...]
     rows: int
-    most_columns: int
-    most_backward_columns: int
-    backward_workers: int
+    narrow: Capacity
+    wide: Capacity
 
 
+_ONE_BY_ONE = (("key",), ("value",))
 HOPPER = Generation(
     "Hopper",
     ((9, 0),),
     rows=64,
-    # 64 x 128 scores and 64 x 128 outputs in float32 are 128 of 240 registers per thread.
-    most_columns=128,
-    # Scores, their gradient, dK and dV of 64 rows: 32 + 32 + 64 + 64 registers.
-    most_backward_columns=64,
-    backward_workers=2,
+    narrow=Capacity(
+        # 64 x 128 scores and 64 x 128 outputs in float32 are 128 of 240 registers per thread.
+        columns=128,
+        # Scores, their gradient, dK and dV of 64 rows: 32 + 32 + 64 + 64 registers.
+        backward_columns=64,
+        forward_workers=2,
+        query_gradient_workers=2,
+        key_gradient_workers=2,
+    ),
+    wide=Capacity(
+        # 64 x 64 scores and 64 x 256 outputs: 32 + 128 registers.
+        columns=64,
+        # Scores, their gradient, and dK or dV: 32 + 32 + 128.
+        backward_columns=64,
+        forward_workers=2,
+        # Two own arrays of 64 rows are 64 KiB of shared memory, two stages of two visited ones 128 KiB.
+        query_gradient_workers=1,
+        key_gradient_workers=1,
+        key_gradient_passes=_ONE_BY_ONE,
+    ),
 )
 BLACKWELL = Generation(
     "Blackwell",
     ((10, 0), (10, 3)),
     rows=128,
-    # Two Q parts of scores and output: 4 x 128 columns of tensor memory, all there are.
-    most_columns=128,
-    # Scores, their gradient, dK and dV: again 4 x 128.
-    most_backward_columns=128,
-    backward_workers=1,
+    narrow=Capacity(
+        # Two Q parts of scores and output: 4 x 128 columns of tensor memory, all there are.
+        columns=128,
+        # Scores, their gradient, dK and dV: again 4 x 128.
+        backward_columns=128,
+        forward_workers=2,
+        query_gradient_workers=1,
+        key_gradient_workers=1,
+    ),
+    wide=Capacity(
+        # 256 columns of output, and in shared memory 64 KiB of Q beside 128 KiB of K and V.
+        columns=64,
+        backward_columns=64,
+        forward_workers=1,
+        query_gradient_workers=1,
+        key_gradient_workers=1,
+        # Two own arrays take 128 KiB, and three visited tiles 96 of the 99 KiB that are left.
+        value_stages=1,
+        key_gradient_passes=_ONE_BY_ONE,
+    ),
 )
 GENERATIONS = (HOPPER, BLACKWELL)
-
-DTYPES = ("bfloat16", "float16")
-HEAD_DIMS = (32, 64, 128)
-MAX_WORKERS = 2
-LONGEST_BOX_SIDE = 256
-"""Tokens per axis of a TMA box."""
-STAGES = 2
-SMEM_ALIGNMENT = 1024
-"""Every buffer starts at a multiple of it: a swizzle pattern is 8 rows of 128 bytes."""
-RESERVED_SMEM = 2048
-"""Room for barriers and alignment, as the compiler's report has it."""
-LONGEST_GRID_AXIS = 65535
-"""Thread blocks on an axis of the grid other than the first."""
 
 
 def generation_of(problem: Problem) -> Generation | None:
     """The generation whose kernels run on the problem's device; None for any other device."""
     capability = problem.device.compute_capability
     return next((g for g in GENERATIONS if capability in g.compute_capabilities), None)
+
+
+def capacity_of(problem: Problem) -> Capacity:
+    """What a thread block holds of the problem, on its device; on any other than a GPU of `GENERATIONS`, what Hopper's does."""
+    generation = generation_of(problem) or HOPPER
+    is_wide = max(problem.head_dim, problem.value_dim) > WIDEST_NARROW_HEAD
+    return generation.wide if is_wide else generation.narrow
 
 
 def supports(problem: Problem, tiles: Tiles | None) -> str | None:
@@ -124,12 +185,13 @@ def _refused_tiles(problem: Problem, tiles: Tiles, generation: Generation) -> st
         )
     if tiles.dynamic is False:
         return "the Pallas kernels start visited tiles where the box starts; got dynamic=False: pass dynamic=None"
-    own, visited = {"q": tiles.q}, {"kv": (tiles.kv, generation.most_columns)}
-    plans = [(forward_plan, 1), (query_gradient_plan, 2)]
+    capacity = capacity_of(problem)
+    own, visited = {"q": tiles.q}, {"kv": (tiles.kv, capacity.columns)}
+    plans = [(forward_plan, FORWARD_MEMORY), (query_gradient_plan, QUERY_GRADIENT_MEMORY)]
     if tiles.backward_q is not None and tiles.backward_kv is not None:
         own["backward_kv"] = tiles.backward_kv
-        visited["backward_q"] = tiles.backward_q, generation.most_backward_columns
-        plans.append((key_gradient_plan, 2))
+        visited["backward_q"] = tiles.backward_q, capacity.backward_columns
+        plans.append((key_gradient_plan, KEY_GRADIENT_MEMORY))
         if tiles.backward_q[-1] < ALIGNED_FLOATS:
             return f"tiles.backward_q has at least {ALIGNED_FLOATS} queries on the last axis, 16 bytes of lse; {got}"
     for shape in (*own.values(), *(shape for shape, _ in visited.values())):
@@ -144,7 +206,7 @@ def _refused_tiles(problem: Problem, tiles: Tiles, generation: Generation) -> st
     for name, (shape, most) in visited.items():
         if math.prod(shape) % least or math.prod(shape) > most:
             return f"on {generation.name} tiles.{name} has {least} to {most} tokens with head_dim {problem.head_dim}, not {math.prod(shape)}; {got}"
-    needed = max(smem_bytes(plan(problem, tiles), own_arrays) for plan, own_arrays in plans)
+    needed = max(smem_bytes(plan(problem, tiles), memory) for plan, memory in plans)
     if needed > problem.device.smem_bytes:
         return (
             f"these tiles need {needed} bytes of shared memory, {problem.device.kind} has {problem.device.smem_bytes};"
@@ -155,49 +217,71 @@ def _refused_tiles(problem: Problem, tiles: Tiles, generation: Generation) -> st
 
 def forward_plan(problem: Problem, tiles: Tiles) -> TilePlan:
     """The forward: a block owns a Q tile; its workers share it on the first axis that can be halved."""
-    return _plan(problem, tiles.q, tiles.kv or tiles.q, is_inverse=False)
+    workers = capacity_of(problem).forward_workers
+    return _plan(problem, tiles.q, tiles.kv or tiles.q, workers)
 
 
 def query_gradient_plan(problem: Problem, tiles: Tiles) -> TilePlan:
-    """DQ walks as the forward does. On Blackwell a block takes one part of the Q tile: tensor memory holds no more."""
-    plan = forward_plan(problem, tiles)
-    if generation_of(problem) is not BLACKWELL:
-        return plan
-    return dataclasses.replace(plan, q_tile=plan.part, num_workers=1)
+    """DQ walks as the forward does."""
+    capacity = capacity_of(problem)
+    plan = _plan(problem, tiles.q, tiles.kv or tiles.q, capacity.query_gradient_workers)
+    return dataclasses.replace(plan, value_stages=capacity.value_stages)
 
 
 def key_gradient_plan(problem: Problem, tiles: Tiles) -> TilePlan:
-    """DK and dV: a block owns a KV tile and visits Q tiles. On Blackwell it owns one part of the KV tile."""
-    kv_tile = tiles.backward_kv or tiles.q
-    plan = _plan(problem, tiles.backward_q or kv_tile, kv_tile, is_inverse=True)
-    if generation_of(problem) is not BLACKWELL:
-        return plan
-    return dataclasses.replace(plan, kv_tile=plan.part, num_workers=1)
+    """DK and dV: a block owns a KV tile and visits Q tiles."""
+    capacity, kv_tile = capacity_of(problem), tiles.backward_kv or tiles.q
+    plan = _plan(
+        problem,
+        kv_tile,
+        tiles.backward_q or kv_tile,
+        capacity.key_gradient_workers,
+        is_inverse=True,
+    )
+    return dataclasses.replace(plan, value_stages=capacity.value_stages)
 
 
 def _plan(
-    problem: Problem, q_tile: tuple[int, ...], kv_tile: tuple[int, ...], *, is_inverse: bool
+    problem: Problem,
+    own: tuple[int, ...],
+    visited: tuple[int, ...],
+    most_workers: int,
+    *,
+    is_inverse: bool = False,
 ) -> TilePlan:
-    own = kv_tile if is_inverse else q_tile
-    generation = generation_of(problem) or HOPPER
-    num_workers = max(1, math.prod(own) // generation.rows)
-    split_axis = next(axis for axis, size in enumerate(own) if size % num_workers == 0)
-    return TilePlan(problem, q_tile, kv_tile, num_workers, split_axis, STAGES, is_inverse)
-
-
-def smem_bytes(plan: TilePlan, own_arrays: int) -> int:
-    """Shared memory of a block: its own arrays, two visited arrays per stage, statistics of rows, and barriers.
-
-    Args:
-      plan: the kernel's.
-      own_arrays: arrays of own tokens that stay for the whole walk: 1 for the forward (Q), 2 for gradients (Q and dO, K and V).
-    """
-    own, visited = plan.num_workers * plan.rows, plan.stages * plan.columns
-    operands = (
-        (own_arrays * own + 2 * visited) * plan.problem.head_dim * plan.problem.dtype.itemsize
+    """An own tile of more parts than a block has workers is cut: a block takes as many parts as it has."""
+    rows = (generation_of(problem) or HOPPER).rows
+    parts = max(1, math.prod(own) // rows)
+    split_axis = next(axis for axis, size in enumerate(own) if size % parts == 0)
+    num_workers = min(parts, most_workers)
+    own = tuple(
+        size * num_workers // parts if axis == split_axis else size for axis, size in enumerate(own)
     )
-    statistics = sum(
-        -(-tokens * 4 // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
-        for tokens in 2 * (own_arrays * own // 2, visited)
-    )
+    q_tile, kv_tile = (visited, own) if is_inverse else (own, visited)
+    return TilePlan(problem, q_tile, kv_tile, num_workers, split_axis, STAGES, STAGES, is_inverse)
+
+
+class JobMemory(NamedTuple):
+    """Arrays in shared memory of a kernel: own ones and float32 rows of own tokens that stay, and rows of visited tokens."""
+
+    own_arrays: int
+    own_rows: int
+    visited_rows: int
+
+
+FORWARD_MEMORY = JobMemory(own_arrays=1, own_rows=2, visited_rows=0)
+"""Q; lse, and on Blackwell the factor of out."""
+QUERY_GRADIENT_MEMORY = JobMemory(own_arrays=2, own_rows=2, visited_rows=0)
+"""Q, dO; on Hopper lse and delta."""
+KEY_GRADIENT_MEMORY = JobMemory(own_arrays=2, own_rows=0, visited_rows=2)
+"""K, V; lse and delta."""
+
+
+def smem_bytes(plan: TilePlan, memory: JobMemory) -> int:
+    """Shared memory of a block at most: its own arrays, two visited arrays by stages, statistics of rows, and barriers."""
+    own, stages = plan.num_workers * plan.rows, plan.stages + plan.value_stages
+    tokens = memory.own_arrays * own + stages * plan.columns
+    operands = tokens * plan.problem.head_dim * plan.problem.dtype.itemsize
+    rows = memory.own_rows * (own,) + memory.visited_rows * (plan.stages * plan.columns,)
+    statistics = sum(-(-4 * row // SMEM_ALIGNMENT) * SMEM_ALIGNMENT for row in rows)
     return operands + statistics + RESERVED_SMEM

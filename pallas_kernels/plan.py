@@ -33,7 +33,8 @@ class TilePlan:
       q_tile, kv_tile: tokens per axis.
       num_workers: warpgroups that share a block's own tile.
       split_axis: the axis on which they share it.
-      stages: visited tiles in flight.
+      stages: tiles of K in flight, or of Q in an inverse plan.
+      value_stages: tiles of V in flight, or of dO in an inverse plan.
       is_inverse: whether a block owns a KV tile and visits Q tiles, for dK and dV, and not the other way round.
     """
 
@@ -43,6 +44,7 @@ class TilePlan:
     num_workers: int
     split_axis: int
     stages: int
+    value_stages: int
     is_inverse: bool = False
 
     @property
@@ -101,6 +103,16 @@ class TilePlan:
     def is_uneven(self) -> bool:
         """Whether tiles differ much in work: then those of all heads come before the next, lighter tile."""
         return any(self.problem.neighborhood.is_causal)
+
+    @property
+    def own_heads(self) -> int:
+        """Heads of the array that blocks own tiles of."""
+        return self.problem.kv_heads if self.is_inverse else self.problem.query_heads
+
+    @property
+    def visited_heads(self) -> int:
+        """Heads that one block visits: those of all queries that share the own key."""
+        return self.problem.heads_per_kv if self.is_inverse else 1
 
     @property
     def num_parts(self) -> int:

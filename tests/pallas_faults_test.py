@@ -145,6 +145,7 @@ def test_synchronisation(fault, monkeypatch):
         load(shared, ast.parse(source_of(shared)), monkeypatch)
     if fault.module != kernel:  # the kernel once more, with the faulty rooms that it shares
         load(kernel, ast.parse(source_of(kernel)), monkeypatch)
+    load("calls", ast.parse(source_of("calls")), monkeypatch)
     with pytest.raises(CAUGHT):
         for _ in range(ATTEMPTS):
             run(fault.generation, fault.job)

@@ -48,11 +48,19 @@ def test_backward(generation, seed):
     check(draw(seed, generation, job, 150), generation, job, dtype_of(seed))
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("generation", "job"), KERNELS)
+def test_wide_heads(generation, job, seed):
+    """Of every rank. Their blocks hold less, and sum dK and dV up one by one."""
+    check(draw(seed, generation, job, 600, head_dims=(256,)), generation, job, dtype_of(seed))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40, 120))
 @pytest.mark.parametrize(("generation", "job"), KERNELS)
 def test_many(generation, job, seed):
-    check(draw(seed, generation, job, 2000), generation, job, dtype_of(seed))
+    case = draw(seed, generation, job, 2000, head_dims=(32, 64, 128, 256))
+    check(case, generation, job, dtype_of(seed))
 
 
 NARROW = {"batch": 1, "heads_per_kv": 1, "head_dim": 32, "value_dim": 32}

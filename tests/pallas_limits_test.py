@@ -32,7 +32,7 @@ def problem_of(shape=SHAPE, dtype=jnp.bfloat16, device="h200", **changes):
 def test_takes_what_it_should(device):
     for dtype in (jnp.bfloat16, jnp.float16):
         assert limits.supports(problem_of(dtype=dtype, device=device), None) is None
-    for head_dim in (1, 16, 48, 80, 128):
+    for head_dim in (1, 16, 48, 80, 128, 192, 256):
         assert limits.supports(problem_of((1, 16, 16, 2, head_dim), device=device), None) is None
     assert limits.supports(problem_of(num_additional=5), None) is None
 
@@ -42,8 +42,8 @@ def test_takes_what_it_should(device):
     [
         (problem_of(device="a100"), "run on Hopper (9.0), Blackwell (10.0, 10.3); got NVIDIA A100"),
         (problem_of(dtype=jnp.float32), "got float32: cast"),
-        (problem_of(dtype=np.float16, head_dim=192), "up to 128; got head_dim=192, value_dim=64"),
-        (problem_of(value_dim=136), "up to 128; got head_dim=64, value_dim=136"),
+        (problem_of(dtype=np.float16, head_dim=264), "up to 256; got head_dim=264, value_dim=64"),
+        (problem_of(value_dim=257), "up to 256; got head_dim=64, value_dim=257"),
         (problem_of(has_bias=True), "no relative position bias: use 'xla'"),
         (problem_of(is_slab=True), "slab"),
         (problem_of(batch=1 << 16), "got batch=65536, 2 query heads: split the batch"),
@@ -89,7 +89,9 @@ def test_tiles_of_blackwell_are_twice_as_large():
 
 
 @pytest.mark.parametrize("device", ["h200", "b200"])
-@pytest.mark.parametrize("shape", [(1, 40, 1, 32), (1, 9, 20, 1, 128), (1, 5, 6, 7, 1, 64)])
+@pytest.mark.parametrize(
+    "shape", [(1, 40, 1, 32), (1, 9, 20, 1, 128), (1, 5, 6, 7, 1, 64), (1, 6, 30, 1, 256)]
+)
 def test_chosen_tiles_are_supported(shape, device):
     """Whatever the caller leaves out: everything, or the backward."""
     problem = problem_of(shape, device=device)

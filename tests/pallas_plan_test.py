@@ -15,7 +15,7 @@ def plan_of(case: Case, q_tile: tuple[int, ...], kv_tile: tuple[int, ...], inver
     own = kv_tile if inverse else q_tile
     split_axis = next((axis for axis, size in enumerate(own) if size % 2 == 0), None)
     workers = 1 if split_axis is None else 2
-    return TilePlan(case.problem(), q_tile, kv_tile, workers, split_axis or 0, 2, inverse)
+    return TilePlan(case.problem(), q_tile, kv_tile, workers, split_axis or 0, 2, 2, inverse)
 
 
 def check_walks(case: Case, plan: TilePlan) -> None:

@@ -6,6 +6,7 @@ A kernel is run by itself, with the statistics (lse, delta) that it would get fr
 import importlib
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,14 +82,14 @@ def interpret(
     problem = problem_of(case, generation, call.operands.query.dtype)
     refused = limits.supports(problem, case.tiles)
     assert refused is None, refused
-    module = importlib.import_module(f"pallas_kernels.{generation}_{job}")
+    calls = importlib.import_module("pallas_kernels.calls")  # anew: tests plant faults in it
     params = plgpu.InterpretGPUParams(detect_races=detect_races)
 
     @jax.jit
     def run(operands: Operands, *rest: jax.Array) -> Any:
         if job == FORWARD:
-            return module.forward(problem, operands, case.tiles, params)
-        function = module.query_gradient if job == QUERY_GRADIENT else module.key_gradients
+            return calls.forward(problem, operands, case.tiles, params)
+        function = calls.query_gradient if job == QUERY_GRADIENT else calls.key_gradients
         return function(problem, operands, case.tiles, *rest, params)
 
     with interpret_gpu(DEVICES[generation], detect_races=detect_races):
@@ -120,18 +121,22 @@ def copies_of(case: Case, generation: str, job: str) -> float:
     return (plan.num_tiles * own + visits * visited) * heads
 
 
-def draw(seed: int, generation: str, job: str, max_copies: int) -> Case:
+def draw(
+    seed: int, generation: str, job: str, max_copies: int, head_dims: Sequence[int] = (32, 64, 128)
+) -> Case:
     """A random call with tiles: ragged layouts, uneven groups, any mix of what the kernels take, a bounded number of copies."""
     rng = np.random.default_rng([13, seed, JOBS.index(job), generation == "hopper"])
     while True:
-        case = _propose(rng, seed, generation)
+        case = _propose(rng, seed, generation, head_dims)
         if copies_of(case, generation, job) <= max_copies:
             return case
 
 
-def _propose(rng: np.random.Generator, seed: int, generation: str) -> Case:
+def _propose(
+    rng: np.random.Generator, seed: int, generation: str, head_dims: Sequence[int]
+) -> Case:
     pick = lambda *options: options[rng.integers(len(options))]
-    rank, head_dim = 1 + seed % 3, (32, 64, 128)[seed // 3 % 3]
+    rank, head_dim = 1 + seed % 3, head_dims[seed // 3 % len(head_dims)]
     longest = {1: (300,), 2: (10, 50), 3: (5, 6, 40)}[rank]
     layout = tuple(int(rng.integers(n // 4, n + 1)) for n in longest)
     dilation = tuple(int(pick(1, 1, 2, 3)) for _ in layout)
@@ -139,7 +144,7 @@ def _propose(rng: np.random.Generator, seed: int, generation: str) -> Case:
     group = [length // d for length, d in zip(layout, dilation, strict=True)]
     window = tuple(int(pick(-1, *rng.integers(1, n + 1, 4))) for n in group)
     limit = [n if w == -1 else w for n, w in zip(group, window, strict=True)]
-    head_dims = {"head_dim": head_dim, "value_dim": head_dim}
+    widths = {"head_dim": head_dim, "value_dim": head_dim}
     return Case(
         layout,
         window,
@@ -149,7 +154,7 @@ def _propose(rng: np.random.Generator, seed: int, generation: str) -> Case:
         batch=int(pick(1, 1, 2)),
         kv_heads=int(pick(1, 2)),
         heads_per_kv=int(pick(1, 2)),
-        **head_dims,
+        **widths,
         scale=pick(None, None, -0.2, 0.0),
         tiles=random_tiles(rng, rank, head_dim, generation),
         seed=seed,
@@ -158,14 +163,15 @@ def _propose(rng: np.random.Generator, seed: int, generation: str) -> Case:
 
 def random_tiles(rng: np.random.Generator, rank: int, head_dim: int, generation: str) -> Tiles:
     """Legal tiles of any shape."""
-    numbers = GENERATIONS[generation]
+    numbers, is_wide = GENERATIONS[generation], head_dim > limits.WIDEST_NARROW_HEAD
+    capacity = numbers.wide if is_wide else numbers.narrow
     pick = lambda *options: int(options[rng.integers(len(options))])
     own = lambda: pick(numbers.rows, limits.MAX_WORKERS * numbers.rows)
     visited = lambda most: pick(max(min(64, head_dim), most // 2), most)
     return Tiles(
         q=random_shape(rng, own(), rank),
-        kv=random_shape(rng, visited(numbers.most_columns), rank),
-        backward_q=random_shape(rng, visited(numbers.most_backward_columns), rank),
+        kv=random_shape(rng, visited(capacity.columns), rank),
+        backward_q=random_shape(rng, visited(capacity.backward_columns), rank),
         backward_kv=random_shape(rng, own(), rank),
     )
 

@@ -1,7 +1,7 @@
 """Backend "mosaic": the Pallas kernels of `pallas_kernels` (Mosaic GPU), on Hopper and Blackwell GPUs and in JAX's interpreter.
 
 Here a call becomes what the kernels take, and back: tiles (`tiles`), head dims (`head_dims`), a device's share on a mesh
-(`partitioning`), additional keys (`additional_keys`). Which module does which job: `kernels`.
+(`partitioning`), additional keys (`additional_keys`). One kernel by itself: `kernels`.
 """
 
 import math
@@ -11,14 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from gna_jax.backends.mosaic import additional_keys, head_dims
-from gna_jax.backends.mosaic.kernels import (
-    FORWARD,
-    KEY_GRADIENT,
-    QUERY_GRADIENT,
-    interpretation,
-    kernel_module,
-)
 from gna_jax.backends.mosaic.kernels import Kernel as Kernel
+from gna_jax.backends.mosaic.kernels import interpretation
 from gna_jax.backends.mosaic.kernels import kernels as kernels
 from gna_jax.backends.mosaic.partitioning import (
     QUERY_HEADS,
@@ -33,7 +27,7 @@ from gna_jax.problem import Operands, Problem, Workload
 from gna_jax.simulator import Simulation, predict
 from gna_jax.simulator.devices import is_known
 from gna_jax.tiling import Tiles
-from pallas_kernels import limits, row_statistics
+from pallas_kernels import calls, limits, row_statistics
 
 PLATFORMS = ("cuda",)
 
@@ -61,7 +55,7 @@ def forward(problem: Problem, operands: Operands, tiles: Tiles | None) -> Output
 
 def _forward(problem: Problem, operands: Operands, tiles: Tiles) -> Outputs:
     padded = head_dims.pad_problem(problem)
-    out, lse = kernel_module(problem, FORWARD).forward(
+    out, lse = calls.forward(
         padded, head_dims.pad_operands(problem, operands), tiles, interpretation(problem)
     )
     out = out[..., : problem.value_dim]
@@ -108,8 +102,8 @@ def _backward(
         delta,
         interpretation(problem),
     )
-    query = kernel_module(problem, QUERY_GRADIENT).query_gradient(*arguments)
-    key, value = kernel_module(problem, KEY_GRADIENT).key_gradients(*arguments)
+    query = calls.query_gradient(*arguments)
+    key, value = calls.key_gradients(*arguments)
     query, key = query[..., : problem.head_dim], key[..., : problem.head_dim]
     gradients = Operands(query, key, value[..., : problem.value_dim])
     if not problem.num_additional:

@@ -1,7 +1,7 @@
-"""Which kernel module serves which GPU generation and direction, and the kernels of a call as `gna-jax inspect` compiles them."""
+"""The kernels of a call, one by one, as `gna-jax inspect` compiles them."""
 
 import dataclasses
-import importlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gna_jax.backends.mosaic import head_dims
 from gna_jax.problem import Operands, Problem
 from gna_jax.tiling import Tiles
-from pallas_kernels import limits
+from pallas_kernels import calls, limits
 from pallas_kernels.plan import TilePlan
-
-FORWARD, QUERY_GRADIENT, KEY_GRADIENT = "forward", "query_gradient", "key_gradient"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Kernel:
     """One kernel of a call.
 
     Attributes:
-      name: generation and job, e.g. `"hopper_forward"`: its module in `pallas_kernels`.
+      name: generation and job, e.g. `"hopper_forward"`.
       direction: `"forward"` or `"backward"`.
       call: runs it, on `arguments`.
       arguments: shapes and dtypes of its arrays.
@@ -37,14 +35,6 @@ class Kernel:
     plan: TilePlan
 
 
-def kernel_module(problem: Problem, job: str) -> Any:
-    """The module in `pallas_kernels` that does a job on the problem's device."""
-    generation = limits.generation_of(problem)
-    if generation is None:
-        raise NotImplementedError(limits.supports(problem, None))
-    return importlib.import_module(f"pallas_kernels.{generation.name.lower()}_{job}")
-
-
 def interpretation(problem: Problem) -> Any:
     """The `interpret=` of a kernel: None on a GPU. In `interpret_gpu`, JAX's own context overrides it."""
     return plgpu.InterpretGPUParams() if problem.device.is_interpreted else None
@@ -53,43 +43,33 @@ def interpretation(problem: Problem) -> Any:
 def kernels(problem: Problem, tiles: Tiles) -> tuple[Kernel, ...]:
     """The kernels of a call, forward and backward, for `tiles` that `supports` accepts and that name all four shapes."""
     problem = head_dims.pad_problem(problem)
-    modules = {job: kernel_module(problem, job) for job in (FORWARD, QUERY_GRADIENT, KEY_GRADIENT)}
-    width, dtype = problem.head_dim, problem.dtype
+    generation = limits.generation_of(problem)
+    if generation is None:
+        raise NotImplementedError(limits.supports(problem, None))
+    width, dtype, interpret = problem.head_dim, problem.dtype, interpretation(problem)
     tokens = lambda heads: jax.ShapeDtypeStruct(
         (problem.batch, *problem.query_layout, heads, width), dtype
     )
     operands = Operands(*map(tokens, (problem.query_heads, problem.kv_heads, problem.kv_heads)))
     row = jax.ShapeDtypeStruct(operands.query.shape[:-1], jnp.float32)
-    gradient_arguments = (operands, operands.query, row, row)
+    arguments = (operands, operands.query, row, row)
 
     def forward(operands: Operands) -> Any:
-        return modules[FORWARD].forward(problem, operands, tiles, interpretation(problem))
+        return calls.forward(problem, operands, tiles, interpret)
 
-    def query_gradient(operands: Operands, *rest: jax.Array) -> Any:
-        arguments = problem, operands, tiles, *rest, interpretation(problem)
-        return modules[QUERY_GRADIENT].query_gradient(*arguments)
+    def backward(function: Callable[..., Any], operands: Operands, *rest: jax.Array) -> Any:
+        return function(problem, operands, tiles, *rest, interpret)
 
-    def key_gradients(operands: Operands, *rest: jax.Array) -> Any:
-        arguments = problem, operands, tiles, *rest, interpretation(problem)
-        return modules[KEY_GRADIENT].key_gradients(*arguments)
-
-    return tuple(
-        Kernel(modules[job].__name__.rpartition(".")[2], direction, call, arguments, plan)
-        for job, direction, call, arguments, plan in (
-            (FORWARD, "forward", forward, (operands,), limits.forward_plan(problem, tiles)),
-            (
-                QUERY_GRADIENT,
-                "backward",
-                query_gradient,
-                gradient_arguments,
-                limits.query_gradient_plan(problem, tiles),
-            ),
-            (
-                KEY_GRADIENT,
-                "backward",
-                key_gradients,
-                gradient_arguments,
-                limits.key_gradient_plan(problem, tiles),
-            ),
-        )
-    )
+    plan = limits.query_gradient_plan(problem, tiles)
+    call = functools.partial(backward, calls.query_gradient)
+    found = [
+        Kernel("forward", "forward", forward, (operands,), limits.forward_plan(problem, tiles)),
+        Kernel("query_gradient", "backward", call, arguments, plan),
+    ]
+    plan = limits.key_gradient_plan(problem, tiles)
+    for names in limits.capacity_of(problem).key_gradient_passes:
+        of_pass = functools.partial(calls.key_gradient_pass, names)
+        call = functools.partial(backward, of_pass)
+        found.append(Kernel(f"{names[0]}_gradient", "backward", call, arguments, plan))
+    prefix = generation.name.lower()
+    return tuple(dataclasses.replace(kernel, name=f"{prefix}_{kernel.name}") for kernel in found)

@@ -49,22 +49,23 @@ def _is_complete(tiles: Tiles | None) -> bool:
 
 def counted(problem: Problem, tiles: Tiles | None = None) -> Tiles:
     """`complete` without tables: the simulator's count decides."""
-    generation = limits.generation_of(problem) or limits.HOPPER
+    rows = (limits.generation_of(problem) or limits.HOPPER).rows
+    capacity = limits.capacity_of(problem)
     rule, layout = problem.neighborhood, problem.global_layout
     if tiles is None:
         tiles = best_tiles(
             rule,
             layout,
-            limits.MAX_WORKERS * generation.rows,
-            generation.most_columns,
+            capacity.forward_workers * rows,
+            capacity.columns,
             dynamic=True,
         )
     if tiles.backward_q is None:
         backward = best_tiles(
             rule,
             layout,
-            generation.most_backward_columns,
-            generation.backward_workers * generation.rows,
+            capacity.backward_columns,
+            capacity.key_gradient_workers * rows,
             dynamic=True,
             backward=True,
             least_q_run=limits.ALIGNED_FLOATS,
@@ -87,7 +88,8 @@ def legal_tiles(problem: Problem, direction: Direction) -> tuple[Tiles, ...]:
     generation = limits.generation_of(problem) or limits.HOPPER
     is_forward = direction == "forward"
     own = [generation.rows * workers for workers in range(1, limits.MAX_WORKERS + 1)]
-    most = generation.most_columns if is_forward else generation.most_backward_columns
+    capacity = limits.capacity_of(padded)
+    most = capacity.columns if is_forward else capacity.backward_columns
     visited = [1 << power for power in range(most.bit_length())]
     own_shapes, visited_shapes = (
         [shape for number in numbers for shape in power_of_two_shapes(number, problem.rank)]
@@ -99,8 +101,7 @@ def legal_tiles(problem: Problem, direction: Direction) -> tuple[Tiles, ...]:
             tiles = dataclasses.replace(default, q=mine, kv=theirs)
         else:
             tiles = with_backward(default, theirs, mine)
-        if limits.supports(padded, tiles) is None and (
-            is_forward or limits.key_gradient_plan(padded, tiles).kv_tile == mine
-        ):
+        plan = limits.forward_plan if is_forward else limits.key_gradient_plan
+        if limits.supports(padded, tiles) is None and plan(padded, tiles).own == mine:
             legal.append(tiles)
     return tuple(legal)
