@@ -235,7 +235,9 @@ class ForwardKernel(TileKernel):
 
             state = lax.fori_loop(jnp.int32(0), walk.num_clean, clean, self._empty())
             state = lax.fori_loop(walk.num_clean, walk.num_visits, shell, state)
-            self._write(memory, worker, place, part_number(plan, walk, place.start), state)
+            self._write(
+                memory, worker, place, part_number(plan, place.residues, place.start), state
+            )
 
     def _empty(self) -> Statistics:
         row = lambda x: plgpu.layout_cast(jnp.full((self.plan.rows,), x, jnp.float32), ROW)

@@ -24,7 +24,7 @@ from pallas_kernels.blackwell_warpgroups import COLUMN, ROW, ProductColumns, Vis
 from pallas_kernels.plan import TileWalk
 from pallas_kernels.row_statistics import RowBoxes
 from pallas_kernels.slots import drain_slots, wait_for_slot
-from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
+from pallas_kernels.softmax_gradient import less_delta, weights_of
 from pallas_kernels.tile_kernel import TileKernel
 from pallas_kernels.token_boxes import BoxPlace
 
@@ -293,7 +293,7 @@ class KeyGradientKernel(TileKernel):
             delta = statistic(memory.delta_slots)
             plgpu.barrier_wait(memory.products_ready)
             products = warpgroups.read(self.products.product_of(memory.product_columns, 0, worker))
-            gradient = gradient_of_scores(weights, products, delta, query_axis=1)
+            gradient = weights * (products + less_delta(delta, weights, query_axis=1))
             ready = memory.gradients_ready
             self.products.replace(memory.product_columns, 0, worker, gradient, ready)
         plgpu.commit_smem()  # statistics have been read before copies refill the slot

@@ -21,7 +21,7 @@ from pallas_kernels import blackwell_warpgroups as warpgroups
 from pallas_kernels.blackwell_warpgroups import ROW, ProductColumns, VisitedColumns
 from pallas_kernels.plan import TileWalk, part_number
 from pallas_kernels.slots import drain_slots, wait_for_slot
-from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
+from pallas_kernels.softmax_gradient import less_delta, weights_of
 from pallas_kernels.tile_kernel import TileKernel
 from pallas_kernels.token_boxes import BoxPlace
 
@@ -200,7 +200,7 @@ class QueryGradientKernel(TileKernel):
         """A worker: dS of its half of every tile. The first one writes dQ out."""
         plan = self.plan
         place = self.own_place(walk)
-        part = part_number(plan, walk, place.start)
+        part = part_number(plan, place.residues, place.start)
         lse, delta = (
             plgpu.load(rows.at[place.batch, place.head, part], layout=ROW, optimized=False)
             for rows in (memory.lse, memory.delta)
@@ -215,7 +215,7 @@ class QueryGradientKernel(TileKernel):
             plgpu.barrier_wait(memory.products_ready)
             width = self.columns.width
             products = warpgroups.read(memory.product_columns.at[:, pl.ds(worker * width, width)])
-            gradient = gradient_of_scores(weights, products, delta, query_axis=0)
+            gradient = weights * (products + less_delta(delta, weights, query_axis=0))
             self.scores.replace(
                 memory.score_columns, slot, worker, gradient, memory.gradients_ready
             )

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper_warpgroups as warpgroups
-from pallas_kernels.hopper_warpgroups import COLUMN, REGISTERS, ROW
+from pallas_kernels.hopper_warpgroups import COLUMN, ROW, Staging
 from pallas_kernels.online_softmax import LEAST, Softmax, exponent_scale, update
 from pallas_kernels.plan import TileWalk, part_number
 from pallas_kernels.slots import drain_slots, wait_for_slot
@@ -39,6 +39,7 @@ class Memory(NamedTuple):
     key_slots: Any
     value_slots: Any
     lse_rows: Any
+    notes: Any
     query_ready: Any
     key_ready: Any
     value_ready: Any
@@ -55,28 +56,29 @@ class ForwardKernel(TileKernel):
         """Shared memory and barriers in the order of `Memory`."""
         plan, dtype, workers = self.plan, self.plan.problem.dtype, self.plan.num_workers
         own, visited = self.own, self.visited
-        loaded = functools.partial(plgpu.Barrier, num_arrivals=visited.num_copies)
-        freed = functools.partial(plgpu.Barrier, num_arrivals=workers)
+        loaded = functools.partial(plgpu.Barrier, num_barriers=plan.stages)
+        freed = functools.partial(plgpu.Barrier, num_arrivals=workers, num_barriers=plan.stages)
         scratch = [
             own.scratch(dtype),
             *(visited.scratch(dtype) for _ in range(2)),
             plgpu.SMEM((workers, plan.rows), jnp.float32),
+            warpgroups.notes_of(plan),
             plgpu.Barrier(num_arrivals=own.num_copies, num_barriers=workers),
-            *(loaded(num_barriers=plan.stages) for _ in range(2)),
-            *(freed(num_barriers=plan.stages) for _ in range(2)),
+            loaded(num_arrivals=visited.num_copies + 1),  # and the producer's note
+            loaded(num_arrivals=visited.num_copies),
+            *(freed() for _ in range(2)),
             plgpu.Barrier(num_arrivals=workers),
         ]
         if self.interpreted:
-            scratch.append(plgpu.SMEM((workers, plan.rows, plan.columns), dtype))
+            scratch += Staging(plan, plan.columns, self.interpreted).scratch(dtype)
         return scratch
 
     def body(self, *references: Any) -> None:
         """One block: workers and producer."""
         memory = Memory(*references)
         warpgroups.take_roles(
-            self.plan.num_workers,
-            REGISTERS[self.plan.num_workers],
-            lambda worker: self._work(memory, self.walk(), worker),
+            self.plan,
+            lambda worker: self._work(memory, worker),
             lambda: self._produce(memory, self.walk()),
         )
 
@@ -88,33 +90,43 @@ class ForwardKernel(TileKernel):
             slot = self.slot(step)
             wait_for_slot(memory.key_free, step, stages)
             buffer.load(memory.key, memory.key_slots, slot, place, memory.key_ready.at[slot])
+            warpgroups.note(memory.notes, slot, place.start)
+            plgpu.barrier_arrive(memory.key_ready.at[slot])
             wait_for_slot(memory.value_free, step, stages)
             buffer.load(memory.value, memory.value_slots, slot, place, memory.value_ready.at[slot])
 
         self.for_each_step(walk, load)
         drain_slots(walk.num_visits, stages, memory.key_free, memory.value_free)
 
-    def _work(self, memory: Memory, walk: TileWalk, worker: Any) -> None:
-        """Attention of a worker's part, written out."""
-        plan, place, ready = self.plan, self.own_place(walk, worker), memory.query_ready.at[worker]
-        self.own.load(memory.query, memory.query_slots, worker, place, ready)
-        intervals = self.intervals(place, warpgroups.iota(plan.rows, ROW))
-        plgpu.barrier_wait(ready)
+    def _work(self, memory: Memory, worker: Any) -> None:
+        """Attention of a worker's part, written out.
 
-        def step(number: Any, state: Softmax, is_masked: bool) -> Softmax:
-            if not is_masked:
-                return self._visit(memory, worker, number, state, None)
-            first = self.shell_place(walk, number).start
-
-            mask = lambda: self.seen(intervals, first, warpgroups.iota(plan.columns, COLUMN))
-            return self._visit(memory, worker, number, state, mask)
-
-        clean, shell = (functools.partial(step, is_masked=masked) for masked in (False, True))
+        Registers are short: what a later stage needs is noted in shared memory, even the worker's number is asked for anew, and
+        what only the shell needs is computed after the clean loop.
+        """
+        plan = self.plan
+        num_clean = self._load_own(memory, worker)
+        clean = functools.partial(self._visit, memory, worker, intervals=None)
         self._change_turns(memory, worker == 1)  # the second worker follows half a step behind,
-        state = lax.fori_loop(jnp.int32(0), walk.num_clean, clean, self._empty())
-        state = lax.fori_loop(walk.num_clean, walk.num_visits, shell, state)
+        state = lax.fori_loop(jnp.int32(0), num_clean, clean, self._empty())
+        worker = warpgroups.this_worker(plan)
+        place = warpgroups.noted_place(plan, memory.notes, plan.stages + worker)
+        intervals = self.intervals(place, warpgroups.iota(plan.rows, ROW))
+        shell = functools.partial(self._visit, memory, worker, intervals=intervals)
+        visits = warpgroups.noted_visits(memory.notes, plan.stages + worker)
+        state = lax.fori_loop(*visits, shell, state)
         self._change_turns(memory, worker == 0)  # and the first waits for it at the end
-        self._write(memory, worker, place, part_number(plan, walk, place.start), state)
+        self._write(memory, state)
+
+    def _load_own(self, memory: Memory, worker: Any) -> Any:
+        """Fetches the part's Q to shared memory, notes place and visits; returns the number of clean ones."""
+        walk, ready = self.walk(), memory.query_ready.at[worker]
+        place = self.own_place(walk, worker)
+        self.own.load(memory.query, memory.query_slots, worker, place, ready)
+        row = self.plan.stages + worker
+        warpgroups.note_part(memory.notes, row, self.steps(walk), place)
+        plgpu.barrier_wait(ready)
+        return walk.num_clean
 
     def _change_turns(self, memory: Memory, condition: Any = True) -> None:
         """Both workers meet: the one that multiplied goes on to its softmax, the other from its softmax to multiply."""
@@ -132,14 +144,20 @@ class ForwardKernel(TileKernel):
         row = lambda x: plgpu.layout_cast(jnp.full((rows,), x, jnp.float32), ROW)
         return Softmax((zeros,) * self.queries.num_chunks, row(LEAST), row(0.0))
 
-    def _visit(self, memory: Memory, worker: Any, step: Any, state: Softmax, mask: Any) -> Softmax:
+    def _visit(
+        self, memory: Memory, worker: Any, step: Any, state: Softmax, intervals: Any
+    ) -> Softmax:
         """One KV tile: scores, online softmax, weighted sum of values."""
-        slot = self.slot(step)
+        slot, seen = self.slot(step), None
         plgpu.barrier_wait(memory.key_ready.at[slot])
         scores = self._scores(memory, worker, slot)
+        if (
+            intervals is not None
+        ):  # only now: a mask need not be kept while the scores are on their way
+            first = warpgroups.noted(memory.notes, slot, self.plan.problem.rank)
+            columns = warpgroups.iota(self.plan.columns, COLUMN)
+            seen = self.seen(intervals, first, columns)
         plgpu.barrier_arrive(memory.key_free.at[slot])
-        # The mask only now: it need not be kept while the scores are on their way.
-        seen = None if mask is None else mask()
         state, weights = update(state, scores, seen, self.plan.problem.scale)
         plgpu.barrier_wait(memory.value_ready.at[slot])
         self._change_turns(memory)
@@ -164,19 +182,21 @@ class ForwardKernel(TileKernel):
             when_queued=lambda: self._change_turns(memory),
         )
 
-    def _write(
-        self, memory: Memory, worker: Any, place: BoxPlace, part: Any, state: Softmax
-    ) -> None:
+    def _write(self, memory: Memory, state: Softmax) -> None:
         """Out through the worker's own slot of queries, lse through its row."""
-        scale = self.plan.problem.scale
+        plan, scale = self.plan, self.plan.problem.scale
+        worker = warpgroups.this_worker(plan)
         operand = self.own.operand(memory.query_slots)
         inverse = 1.0 / jnp.where(state.total == 0.0, 1.0, state.total)
         for chunk, accumulated in enumerate(state.out):
             out = accumulated * lax.broadcast_in_dim(inverse, accumulated.shape, (0,))
-            operand[worker, chunk] = out.astype(self.plan.problem.dtype)
+            operand[worker, chunk] = out.astype(plan.problem.dtype)
         memory.lse_rows[worker] = exponent_scale(scale) * state.largest + jnp.log2(state.total)
         plgpu.commit_smem()
+        place = warpgroups.noted_place(plan, memory.notes, plan.stages + worker)
         self.own.store(memory.query_slots, worker, memory.out, place)
-        rows = memory.lse.at[place.batch, place.head, part]
+        rows = memory.lse.at[
+            place.batch, place.head, part_number(plan, place.residues, place.start)
+        ]
         plgpu.copy_smem_to_gmem(memory.lse_rows.at[worker], rows)
         plgpu.wait_smem_to_gmem(0)

@@ -16,11 +16,11 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper_warpgroups as warpgroups
-from pallas_kernels.hopper_warpgroups import COLUMN, REGISTERS, ROW
+from pallas_kernels.hopper_warpgroups import COLUMN, ROW, Staging
 from pallas_kernels.plan import TileWalk
 from pallas_kernels.row_statistics import RowBoxes
 from pallas_kernels.slots import drain_slots, wait_for_slot
-from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
+from pallas_kernels.softmax_gradient import less_delta, weights_of
 from pallas_kernels.tile_kernel import TileKernel
 from pallas_kernels.token_boxes import BoxPlace
 
@@ -66,6 +66,11 @@ class KeyGradientKernel(TileKernel):
         """One slot per stage, for lse or delta."""
         return RowBoxes(self.plan, self.plan.stages, self.interpreted)
 
+    @property
+    def staging(self) -> Staging:
+        """For P^T; every product takes a whole visited tile."""
+        return Staging(self.plan, self.plan.columns, self.interpreted)
+
     def scratch(self) -> list[Any]:
         """Shared memory and barriers in the order of `Memory`."""
         plan, dtype = self.plan, self.plan.problem.dtype
@@ -81,29 +86,17 @@ class KeyGradientKernel(TileKernel):
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.stages),
             plgpu.Barrier(num_arrivals=plan.num_workers, num_barriers=plan.stages),
         ]
-        if self.interpreted:
-            scratch.append(plgpu.SMEM((plan.num_workers, plan.rows, plan.columns), dtype))
-        return scratch
+        return scratch + self.staging.scratch(dtype)
 
     def body(self, *references: Any) -> None:
         """One block: workers and producer."""
         end = INPUTS + len(self.gradients)
         memory = Memory(*[*references[:INPUTS], references[INPUTS:end], *references[end:]])
         warpgroups.take_roles(
-            self.plan.num_workers,
-            self._registers,
+            self.plan,
             lambda worker: self._work(memory, worker),
             lambda: self._produce(memory, self.walk()),
         )
-
-    @property
-    def _registers(self) -> tuple[int, int]:
-        """The producer gets along with 40, but not on three axes with dilation and heads that share keys; workers need the rest."""
-        problem = self.plan.problem
-        is_dilated = any(d > 1 for d in self.plan.dilation)
-        is_simple = problem.rank < 3 or problem.heads_per_kv == 1 or not is_dilated
-        is_tight = self.plan.num_workers == 2 and is_simple
-        return (232, 40) if is_tight else REGISTERS[self.plan.num_workers]
 
     def _produce(self, memory: Memory, walk: TileWalk) -> None:
         """Starts the copies of every visited Q tile of every query head, as soon as the slot is free."""
@@ -135,8 +128,9 @@ class KeyGradientKernel(TileKernel):
         sums = (warpgroups.zeros(plan.rows, self.keys.chunk),) * self.keys.num_chunks
         state = (sums,) * len(self.gradients)
         state = lax.fori_loop(jnp.int32(0), visits[0], clean, state)
-        worker = lax.axis_index("warpgroup")
-        place = warpgroups.noted_place(plan, memory.notes, plan.stages + worker)
+        worker = warpgroups.this_worker(plan)
+        row = plan.stages + worker
+        place = warpgroups.noted_place(plan, memory.notes, row)
         intervals = self.intervals(place, warpgroups.iota(plan.rows, ROW))
 
         def mask(slot: Any) -> jax.Array:
@@ -144,7 +138,7 @@ class KeyGradientKernel(TileKernel):
             return self.seen(intervals, first, warpgroups.iota(plan.columns, COLUMN))
 
         shell = functools.partial(self._visit, memory, worker, mask=mask)
-        visits = warpgroups.noted_visits(memory.notes, plan.stages + worker)
+        visits = warpgroups.noted_visits(memory.notes, row)
         self._write(memory, lax.fori_loop(*visits, shell, state))
 
     def _load_own(self, memory: Memory, worker: Any) -> tuple[Any, Any]:
@@ -160,7 +154,8 @@ class KeyGradientKernel(TileKernel):
 
     def _write(self, memory: Memory, sums: tuple[Any, ...]) -> None:
         """The gradients out through the worker's own slots of keys and values."""
-        worker, plan, problem = lax.axis_index("warpgroup"), self.plan, self.plan.problem
+        plan, problem = self.plan, self.plan.problem
+        worker = warpgroups.this_worker(plan)
         slots = {"key": memory.key_slots, "value": memory.value_slots}
         for name, chunks in zip(self.gradients, sums, strict=True):
             operand, scale = self.own.operand(slots[name]), problem.scale if name == "key" else 1.0
@@ -198,9 +193,15 @@ class KeyGradientKernel(TileKernel):
                 sums["value"], left, visited(cotangent), staging
             )
         if "key" in sums:
-            products = warpgroups.product(chunks, own(value), turned(cotangent))
-            delta = statistic(memory.delta_rows)
-            left = gradient_of_scores(weights, products, delta, query_axis=1)
+            kept = self.staging.put(memory.staging, worker, weights)
+            products = warpgroups.product_from(
+                less_delta(statistic(memory.delta_rows), scores, query_axis=1),
+                chunks,
+                own(value),
+                turned(cotangent),
+                interpreted=self.interpreted,
+            )
+            left = self.staging.take(memory.staging, worker, kept) * products
             left = left.astype(plan.problem.dtype)
             sums["key"] = warpgroups.add_products(sums["key"], left, visited(query), staging)
         plgpu.commit_smem()  # statistics were read by registers and will be refilled by a copy

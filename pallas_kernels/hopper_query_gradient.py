@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper_warpgroups as warpgroups
-from pallas_kernels.hopper_warpgroups import COLUMN, REGISTERS, ROW
+from pallas_kernels.hopper_warpgroups import COLUMN, ROW, Staging
 from pallas_kernels.plan import TileWalk, part_number
 from pallas_kernels.slots import drain_slots, wait_for_slot
-from pallas_kernels.softmax_gradient import gradient_of_scores, weights_of
+from pallas_kernels.softmax_gradient import less_delta, weights_of
 from pallas_kernels.tile_kernel import TileKernel
 from pallas_kernels.token_boxes import BoxPlace
 
@@ -57,6 +57,11 @@ class QueryGradientKernel(TileKernel):
         """Keys of a slice of a visited tile."""
         return min(COLUMNS, self.plan.columns)
 
+    @property
+    def staging(self) -> Staging:
+        """For P of a slice."""
+        return Staging(self.plan, self.width, self.interpreted)
+
     def scratch(self) -> list[Any]:
         """Shared memory and barriers in the order of `Memory`."""
         plan, dtype = self.plan, self.plan.problem.dtype
@@ -72,16 +77,13 @@ class QueryGradientKernel(TileKernel):
             plgpu.Barrier(num_arrivals=2 * visited.num_copies + 1, num_barriers=plan.stages),
             plgpu.Barrier(num_arrivals=plan.num_workers, num_barriers=plan.stages),
         ]
-        if self.interpreted:
-            scratch.append(plgpu.SMEM((plan.num_workers, plan.rows, self.width), dtype))
-        return scratch
+        return scratch + self.staging.scratch(dtype)
 
     def body(self, *references: Any) -> None:
         """One block: workers and producer."""
         memory = Memory(*references)
         warpgroups.take_roles(
-            self.plan.num_workers,
-            REGISTERS[self.plan.num_workers],
+            self.plan,
             lambda worker: self._work(memory, worker),
             lambda: self._produce(memory, self.walk()),
         )
@@ -109,30 +111,31 @@ class QueryGradientKernel(TileKernel):
         what only the shell needs is computed after the clean loop.
         """
         plan = self.plan
-        visits, statistics = self._load_own(memory, worker)
-        clean = functools.partial(self._visit, memory, worker, statistics, mask=lambda *_: None)
+        visits = self._load_own(memory, worker)
+        clean = functools.partial(self._visit, memory, worker, mask=lambda *_: None)
         sums = (warpgroups.zeros(plan.rows, self.queries.chunk),) * self.queries.num_chunks
         sums = lax.fori_loop(jnp.int32(0), visits[0], clean, sums)
-        worker = lax.axis_index("warpgroup")
-        place = warpgroups.noted_place(plan, memory.notes, plan.stages + worker)
+        worker = warpgroups.this_worker(plan)
+        row = plan.stages + worker
+        place = warpgroups.noted_place(plan, memory.notes, row)
         intervals = self.intervals(place, warpgroups.iota(plan.rows, ROW))
 
         def mask(slot: Any, column: int) -> jax.Array:
             first = warpgroups.noted(memory.notes, slot, plan.problem.rank)
             return self.seen(intervals, first, warpgroups.iota(self.width, COLUMN) + column)
 
-        shell = functools.partial(self._visit, memory, worker, statistics, mask=mask)
-        visits = warpgroups.noted_visits(memory.notes, plan.stages + worker)
+        shell = functools.partial(self._visit, memory, worker, mask=mask)
+        visits = warpgroups.noted_visits(memory.notes, row)
         self._write(memory, lax.fori_loop(*visits, shell, sums))
 
-    def _load_own(self, memory: Memory, worker: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """Fetches the part's Q and dO to shared memory, notes place and visits; returns the visits, and lse and delta."""
+    def _load_own(self, memory: Memory, worker: Any) -> tuple[Any, Any]:
+        """Fetches the part's Q, dO, lse and delta to shared memory, notes place and visits; returns the visits."""
         plan, walk, buffer = self.plan, self.walk(), self.own
         place = self.own_place(walk, worker)
         ready = memory.own_ready.at[worker]
         buffer.load(memory.query, memory.query_slots, worker, place, ready)
         buffer.load(memory.out_cotangent, memory.cotangent_slots, worker, place, ready)
-        part = part_number(plan, walk, place.start)
+        part = part_number(plan, place.residues, place.start)
         rows = (memory.lse, memory.lse_rows), (memory.delta, memory.delta_rows)
         for outside, inside in rows:
             source = outside.at[place.batch, place.head, part]
@@ -140,12 +143,12 @@ class QueryGradientKernel(TileKernel):
         visits = walk.num_clean, walk.num_visits
         warpgroups.note_part(memory.notes, plan.stages + worker, visits, place)
         plgpu.barrier_wait(ready)
-        lse, delta = (plgpu.load(inside.at[worker], layout=ROW) for _, inside in rows)
-        return visits, (lse, delta)
+        return visits
 
     def _write(self, memory: Memory, sums: tuple[Any, ...]) -> None:
         """The gradient out through the worker's own slot of queries."""
-        worker, plan, problem = lax.axis_index("warpgroup"), self.plan, self.plan.problem
+        plan, problem = self.plan, self.plan.problem
+        worker = warpgroups.this_worker(plan)
         operand = self.own.operand(memory.query_slots)
         for chunk, accumulated in enumerate(sums):
             operand[worker, chunk] = (accumulated * problem.scale).astype(problem.dtype)
@@ -158,7 +161,6 @@ class QueryGradientKernel(TileKernel):
         self,
         memory: Memory,
         worker: Any,
-        statistics: tuple[Any, Any],
         step: Any,
         sums: tuple[Any, ...],
         mask: Any,
@@ -169,7 +171,7 @@ class QueryGradientKernel(TileKernel):
         query, cotangent = map(self.own.operand, (memory.query_slots, memory.cotangent_slots))
         key, value = map(self.visited.operand, (memory.key_slots, memory.value_slots))
         staging = memory.staging.at[worker] if self.interpreted else None
-        lse, delta = statistics
+        statistic = lambda rows: plgpu.load(rows.at[worker], layout=ROW)
         plgpu.barrier_wait(memory.ready.at[slot])
         for column in range(0, plan.columns, self.width):
             columns = pl.ds(column, self.width)
@@ -182,10 +184,21 @@ class QueryGradientKernel(TileKernel):
             )
             scores = warpgroups.product(chunks, own(query), turned(key))
             weights = weights_of(
-                scores, lse, mask(slot, column), scale=plan.problem.scale, query_axis=0
+                scores,
+                statistic(memory.lse_rows),
+                mask(slot, column),
+                scale=plan.problem.scale,
+                query_axis=0,
             )
-            products = warpgroups.product(chunks, own(cotangent), turned(value))
-            gradient = gradient_of_scores(weights, products, delta, query_axis=0)
+            kept = self.staging.put(memory.staging, worker, weights)
+            products = warpgroups.product_from(
+                less_delta(statistic(memory.delta_rows), scores, query_axis=0),
+                chunks,
+                own(cotangent),
+                turned(value),
+                interpreted=self.interpreted,
+            )
+            gradient = self.staging.take(memory.staging, worker, kept) * products
             left = gradient.astype(plan.problem.dtype)
             sums = warpgroups.add_products(sums, left, visited(key), staging)
         plgpu.barrier_arrive(memory.free.at[slot])

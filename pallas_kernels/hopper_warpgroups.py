@@ -3,6 +3,7 @@
 A block has one or two workers, a warpgroup of 64 own rows each, and behind them a producer. Nothing here knows attention.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,36 +13,36 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.limits import WIDEST_NARROW_HEAD
 from pallas_kernels.plan import TilePlan
-from pallas_kernels.slots import wait_for_slot
-from pallas_kernels.token_boxes import BoxPlace
+from pallas_kernels.token_boxes import BoxPlace, operand_transforms
 
-REGISTERS = {1: (240, 56), 2: (224, 56)}
+REGISTERS = {1: (256, 240), 2: (232, 40)}
 """Registers per thread of workers and of the producer, by number of workers: 64 Ki registers per block at most."""
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def take_roles(
-    num_workers: int,
-    registers: tuple[int, int],
-    work: Callable[[Any], None],
-    produce: Callable[[], None],
-) -> None:
+def take_roles(plan: TilePlan, work: Callable[[Any], None], produce: Callable[[], None]) -> None:
     """Runs `work(worker)` in the workers and `produce()` in the producer, with the registers of their role."""
     warpgroup = lax.axis_index("warpgroup")
-    for_workers, for_producer = registers
+    for_workers, for_producer = REGISTERS[plan.num_workers]
 
-    @pl.when(warpgroup < num_workers)
+    @pl.when(warpgroup < plan.num_workers)
     def _():
         plgpu.set_max_registers(for_workers, action="increase")
-        work(warpgroup)
+        work(this_worker(plan))
 
-    @pl.when(warpgroup == num_workers)
+    @pl.when(warpgroup == plan.num_workers)
     def _():
         plgpu.set_max_registers(for_producer, action="decrease")
         produce()
+
+
+def this_worker(plan: TilePlan) -> Any:
+    """The number of the worker that asks: to be asked anew costs less than a register."""
+    return lax.axis_index("warpgroup") if plan.num_workers > 1 else 0
 
 
 def iota(size: int, layout: Any) -> Any:
@@ -52,17 +53,6 @@ def iota(size: int, layout: Any) -> Any:
 def zeros(rows: int, columns: int) -> Any:
     """A matrix of zeros in the registers of a sum of products."""
     return plgpu.layout_cast(jnp.full((rows, columns), 0.0, jnp.float32), plgpu.Layout.WGMMA)
-
-
-def fill_slots(
-    first: Any, last: Any, stages: int, free: Any, load: Callable[[Any, Any], None]
-) -> None:
-    """Calls `load(step, slot)` for the steps `first..last`, each as soon as the workers have freed its slot."""
-
-    @pl.loop(first, last)
-    def _(step):
-        wait_for_slot(free, step, stages)
-        load(step, lax.rem(step, jnp.int32(stages)))
 
 
 def note(notes: Any, row: Any, numbers: Sequence[Any]) -> None:
@@ -105,6 +95,50 @@ def notes_of(plan: TilePlan) -> Any:
     return plgpu.SMEM((plan.stages + plan.num_workers, 4 + 2 * plan.problem.rank), jnp.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Staging:
+    """Shared memory for 16-bit `[rows, columns]` of every worker: weights that wait while a product takes their registers.
+
+    The interpreter also wants the left operand of `add_products` there.
+
+    Args:
+      plan: the kernel's.
+      columns: of a visited tile, or of a slice of it.
+      interpreted: whether the interpreter runs the kernel.
+    """
+
+    plan: TilePlan
+    columns: int
+    interpreted: bool
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether registers are so short: sums of 256 columns take half of them."""
+        return self.plan.problem.head_dim > WIDEST_NARROW_HEAD
+
+    def scratch(self, dtype: Any) -> list[Any]:
+        """What `scratch_types` asks for; nothing where nothing needs it."""
+        shape = (self.plan.num_workers, self.plan.rows, self.columns)
+        if self.interpreted:
+            return [plgpu.SMEM(shape, dtype)]
+        transforms = operand_transforms(self.columns, dtype)
+        return [plgpu.SMEM(shape, dtype, transforms=transforms)] if self.holds_weights else []
+
+    def put(self, staging: Any, worker: Any, weights: jax.Array) -> jax.Array | None:
+        """The weights, or None once they are in shared memory."""
+        if not self.holds_weights:
+            return weights
+        staging[worker] = weights.astype(staging.dtype)
+        plgpu.commit_smem()
+        return None
+
+    def take(self, staging: Any, worker: Any, weights: jax.Array | None) -> jax.Array:
+        """What `put` was given, in float32."""
+        if weights is not None:
+            return weights
+        return plgpu.load(staging.at[worker], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
 def product(
     chunks: int,
     left: Callable[[int], Any],
@@ -124,6 +158,26 @@ def product(
 
     shape = left(0).shape[0], right(0).shape[1]
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def product_from(
+    start: jax.Array,
+    chunks: int,
+    left: Callable[[int], Any],
+    right: Callable[[int], Any],
+    *,
+    interpreted: bool,
+) -> jax.Array:
+    """`start` plus `product`: the sum begins there, so that no register holds `start` beside it. The interpreter adds it."""
+    if interpreted:
+        return start + product(chunks, left, right)
+
+    def accumulate(accumulator: Any) -> None:
+        for chunk in range(chunks):
+            plgpu.wgmma(accumulator, left(chunk), right(chunk))
+
+    accumulator: Any = plgpu.WGMMAAccumulatorRef.init(start)
+    return pl.run_state(accumulate)(accumulator)
 
 
 def add_products(

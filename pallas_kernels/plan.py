@@ -209,10 +209,10 @@ def clean_visits(walk: AxisWalk) -> tuple[Any, Any]:
     return first, maximum(end - first, 0 * first)
 
 
-def part_number(plan: TilePlan, walk: TileWalk, start: Sequence[Any]) -> Any:
-    """Row-major number, among all parts of one head, of the part whose first token is `start`."""
+def part_number(plan: TilePlan, residues: Sequence[Any], start: Sequence[Any]) -> Any:
+    """Row-major number, among all parts of one head, of the part of a dilation group whose first token is `start`."""
     number = 0
-    for residue, d in zip(walk.residues, plan.dilation, strict=True):
+    for residue, d in zip(residues, plan.dilation, strict=True):
         number = number * d + residue
     for first, size, count in zip(start, plan.part, plan.parts, strict=True):
         number = number * count + quotient_and_digit(first, size)[0]

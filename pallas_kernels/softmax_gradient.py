@@ -23,18 +23,17 @@ def weights_of(
     return weights if mask is None else jnp.where(mask, weights, 0.0)
 
 
-def gradient_of_scores(
-    weights: jax.Array, products: jax.Array, delta: jax.Array, *, query_axis: int
-) -> jax.Array:
-    """`dS / scale = P * (dO V^T - delta)`: the scale is left out here and applied once, to dQ and dK.
+def less_delta(delta: jax.Array, scores: jax.Array, *, query_axis: int) -> jax.Array:
+    """`-delta` in the shape of `scores`: where the sum `dO V^T - delta` starts.
+
+    The gradient of the scores is `dS / scale = P * (dO V^T - delta)`: the scale is left out and applied once, to dQ and dK.
 
     Args:
-      weights: P, in the order of `weights_of`'s scores.
-      products: dO V^T in the same order.
       delta: one per query, see `row_statistics.delta`.
-      query_axis: the axis of weights that counts queries.
+      scores: as in `weights_of`.
+      query_axis: the axis of scores that counts queries.
     """
-    return weights * (products - _spread(delta, weights, query_axis))
+    return _spread(-delta, scores, query_axis)
 
 
 def _spread(statistic: jax.Array, scores: jax.Array, query_axis: int) -> jax.Array:

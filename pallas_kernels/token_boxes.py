@@ -98,6 +98,15 @@ class TokenArray:
         return array[(slice(None), *(slice(length) for length in layout))]
 
 
+def operand_transforms(columns: int, dtype: Any) -> tuple[Any, Any]:
+    """How rows of at most `WIDEST_CHUNK` columns lie in shared memory for the matrix unit, and without bank conflicts."""
+    # jax leaves `transform_array` of these out, which only copies of arrays need.
+    width = columns * jnp.dtype(dtype).itemsize
+    tiling = plgpu.TilingTransform((SWIZZLE_ROWS, columns))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(width)  # pyright: ignore[reportAbstractUsage]
+    return tiling, swizzle
+
+
 @dataclasses.dataclass(frozen=True)
 class BoxBuffer:
     """Shared memory for `slots` boxes of one `TokenArray`, as operands `[slots, chunks, tokens, chunk]`.
@@ -131,10 +140,7 @@ class BoxBuffer:
         rows = (self.slots, chunks, self.num_tokens, columns)
         if self.interpreted:
             return plgpu.SMEM(rows, dtype)
-        # jax leaves `transform_array` of these out, which only copies of arrays need.
-        width = columns * jnp.dtype(dtype).itemsize
-        swizzle = plgpu.SwizzleTransform(width)  # pyright: ignore[reportAbstractUsage]
-        tiling = plgpu.TilingTransform((SWIZZLE_ROWS, columns))  # pyright: ignore[reportAbstractUsage]
+        tiling, swizzle = operand_transforms(columns, dtype)
         boxes = (self.slots, chunks, *self.box, columns)
         return plgpu.RefUnion(
             plgpu.SMEM(rows, dtype, transforms=(tiling, swizzle)),

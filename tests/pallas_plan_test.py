@@ -59,7 +59,7 @@ def parts_of(plan: TilePlan, walk) -> list[int]:
     for worker in range(plan.num_workers):
         start = list(walk.own_start)
         start[plan.split_axis] += worker * plan.part[plan.split_axis]
-        numbers.append(part_number(plan, walk, start))
+        numbers.append(part_number(plan, walk.residues, start))
     return numbers
 
 
