@@ -9,6 +9,7 @@ import sys
 
 import kernel_resources
 import pytest
+from ptx_waits import unawaited, without_a_wait
 from typer.testing import CliRunner
 
 from gna_jax.cli import app
@@ -45,12 +46,17 @@ def rows():
 @pytest.mark.parametrize("row", list(rows()))
 def test_no_worse_than_the_table(row):
     call = CALLS[row["call"]]
-    got = compile_kernel(call, row["kernel"]).resources
+    compiled = compile_kernel(call, row["kernel"])
+    got = compiled.resources
     assert not kernel_resources.worse(row, kernel_resources.row_of(row["call"], got))
     assert got.spill_bytes == got.stack_bytes == got.serialized_wgmma == 0
     # At launch; warpgroups that copy hand registers on to those that compute.
     assert got.registers <= got.most_registers
     assert got.memory_passes == ()
+    # Nothing goes on before wgmma and copies from and to tensor memory are done; without any one of the forward's waits something does.
+    assert unawaited(compiled.ptx) == []
+    if got.direction == "forward":
+        assert all(unawaited(faulty) for faulty in without_a_wait(compiled.ptx))
     (kernel,) = (one for one in call.kernels() if one.name == row["kernel"])
     memory, results = JOBS[row["kernel"].partition("_")[2], len(call.kernels())]
     assert got.smem_bytes <= limits.smem_bytes(kernel.plan, memory) <= got.smem_limit
