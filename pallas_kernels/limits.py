@@ -6,7 +6,6 @@ backend asks is the business of `gna_jax.backends`; the kernels themselves never
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 from gna_jax.problem import Problem
 from gna_jax.tiling import Tiles
@@ -23,31 +22,50 @@ LONGEST_BOX_SIDE = 256
 STAGES = 2
 SMEM_ALIGNMENT = 1024
 """Every buffer starts at a multiple of it: a swizzle pattern is 8 rows of 128 bytes."""
-RESERVED_SMEM = 1024
-"""Room for barriers and alignment, as the compiler's report has it."""
 LONGEST_GRID_AXIS = 65535
 """Thread blocks on an axis of the grid other than the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One kernel's thread block: how many workers, and what lies in its shared memory beside visited tiles.
+
+    A worker takes one part of an own tile, `Generation.rows` tokens. A tile of more parts than workers is several blocks' job.
+
+    Attributes:
+      workers: at most.
+      own_arrays: arrays of own tokens.
+      own_rows: vectors of 32-bit numbers of own tokens: lse, delta, factors, notes.
+      visited_rows: such vectors of visited tokens, by stages.
+      staged_columns: 16-bit weights per own row that wait there.
+      other_bytes: room for barriers, and what the compiler adds.
+    """
+
+    workers: int
+    own_arrays: int
+    own_rows: int
+    visited_rows: int = 0
+    staged_columns: int = 0
+    other_bytes: int = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
     """What registers, shared memory and tensor memory of a thread block hold, for some head dims.
 
-    A worker takes one part of an own tile, `Generation.rows` tokens. A tile of more parts than workers is several blocks' job.
-
     Attributes:
       columns: keys per KV tile of the forward, at most.
       backward_columns: queries per Q tile of dK and dV, at most.
-      forward_workers, query_gradient_workers, key_gradient_workers: workers of a block, at most.
+      forward, query_gradient, key_gradient: the kernels' blocks.
       value_stages: tiles of V in flight in dQ, and of dO in dK and dV.
       key_gradient_passes: the gradients that a block of dK and dV sums up at once; several passes walk several times.
     """
 
     columns: int
     backward_columns: int
-    forward_workers: int
-    query_gradient_workers: int
-    key_gradient_workers: int
+    forward: Job
+    query_gradient: Job
+    key_gradient: Job
     value_stages: int = STAGES
     key_gradient_passes: tuple[tuple[str, ...], ...] = (("key", "value"),)
 
@@ -72,31 +90,34 @@ class Generation:
 
 
 _ONE_BY_ONE = (("key",), ("value",))
+_HOPPER_FORWARD = Job(workers=2, own_arrays=1, own_rows=2, other_bytes=2048)
 HOPPER = Generation(
     "Hopper",
     ((9, 0),),
     rows=64,
     narrow=Capacity(
-        # 64 x 128 scores and 64 x 128 outputs in float32 are 128 of 240 registers per thread.
+        # 64 x 128 scores and 64 x 128 outputs in float32 are 128 of 232 registers per thread.
         columns=128,
         # Scores, their gradient, dK and dV of 64 rows: 32 + 32 + 64 + 64 registers.
         backward_columns=64,
-        forward_workers=2,
-        query_gradient_workers=2,
-        key_gradient_workers=2,
+        forward=_HOPPER_FORWARD,
+        query_gradient=Job(workers=2, own_arrays=2, own_rows=3),
+        key_gradient=Job(workers=2, own_arrays=2, own_rows=1, visited_rows=2),
     ),
     wide=Capacity(
         # 64 x 64 scores and 64 x 256 outputs: 32 + 128 registers.
         columns=64,
         # Scores, their gradient, and dK or dV: 32 + 32 + 128.
         backward_columns=64,
-        forward_workers=2,
+        forward=_HOPPER_FORWARD,
         # Two own arrays of 64 rows are 64 KiB of shared memory, two stages of two visited ones 128 KiB.
-        query_gradient_workers=1,
-        key_gradient_workers=1,
+        query_gradient=Job(workers=1, own_arrays=2, own_rows=3, staged_columns=64),
+        key_gradient=Job(workers=1, own_arrays=2, own_rows=1, visited_rows=2, staged_columns=64),
         key_gradient_passes=_ONE_BY_ONE,
     ),
 )
+_BLACKWELL_QUERY_GRADIENT = Job(workers=1, own_arrays=2, own_rows=0)
+_BLACKWELL_KEY_GRADIENT = Job(workers=1, own_arrays=2, own_rows=0, visited_rows=2)
 BLACKWELL = Generation(
     "Blackwell",
     ((10, 0), (10, 3)),
@@ -106,17 +127,17 @@ BLACKWELL = Generation(
         columns=128,
         # Scores, their gradient, dK and dV: again 4 x 128.
         backward_columns=128,
-        forward_workers=2,
-        query_gradient_workers=1,
-        key_gradient_workers=1,
+        forward=Job(workers=2, own_arrays=1, own_rows=2, other_bytes=2048),
+        query_gradient=_BLACKWELL_QUERY_GRADIENT,
+        key_gradient=_BLACKWELL_KEY_GRADIENT,
     ),
     wide=Capacity(
         # 256 columns of output, and in shared memory 64 KiB of Q beside 128 KiB of K and V.
         columns=64,
         backward_columns=64,
-        forward_workers=1,
-        query_gradient_workers=1,
-        key_gradient_workers=1,
+        forward=Job(workers=1, own_arrays=1, own_rows=2, other_bytes=2048),
+        query_gradient=_BLACKWELL_QUERY_GRADIENT,
+        key_gradient=_BLACKWELL_KEY_GRADIENT,
         # Two own arrays take 128 KiB, and three visited tiles 96 of the 99 KiB that are left.
         value_stages=1,
         key_gradient_passes=_ONE_BY_ONE,
@@ -187,11 +208,11 @@ def _refused_tiles(problem: Problem, tiles: Tiles, generation: Generation) -> st
         return "the Pallas kernels start visited tiles where the box starts; got dynamic=False: pass dynamic=None"
     capacity = capacity_of(problem)
     own, visited = {"q": tiles.q}, {"kv": (tiles.kv, capacity.columns)}
-    plans = [(forward_plan, FORWARD_MEMORY), (query_gradient_plan, QUERY_GRADIENT_MEMORY)]
+    plans = [(forward_plan, capacity.forward), (query_gradient_plan, capacity.query_gradient)]
     if tiles.backward_q is not None and tiles.backward_kv is not None:
         own["backward_kv"] = tiles.backward_kv
         visited["backward_q"] = tiles.backward_q, capacity.backward_columns
-        plans.append((key_gradient_plan, KEY_GRADIENT_MEMORY))
+        plans.append((key_gradient_plan, capacity.key_gradient))
         if tiles.backward_q[-1] < ALIGNED_FLOATS:
             return f"tiles.backward_q has at least {ALIGNED_FLOATS} queries on the last axis, 16 bytes of lse; {got}"
     for shape in (*own.values(), *(shape for shape, _ in visited.values())):
@@ -206,7 +227,7 @@ def _refused_tiles(problem: Problem, tiles: Tiles, generation: Generation) -> st
     for name, (shape, most) in visited.items():
         if math.prod(shape) % least or math.prod(shape) > most:
             return f"on {generation.name} tiles.{name} has {least} to {most} tokens with head_dim {problem.head_dim}, not {math.prod(shape)}; {got}"
-    needed = max(smem_bytes(plan(problem, tiles), memory) for plan, memory in plans)
+    needed = max(smem_bytes(plan(problem, tiles), job) for plan, job in plans)
     if needed > problem.device.smem_bytes:
         return (
             f"these tiles need {needed} bytes of shared memory, {problem.device.kind} has {problem.device.smem_bytes};"
@@ -217,14 +238,14 @@ def _refused_tiles(problem: Problem, tiles: Tiles, generation: Generation) -> st
 
 def forward_plan(problem: Problem, tiles: Tiles) -> TilePlan:
     """The forward: a block owns a Q tile; its workers share it on the first axis that can be halved."""
-    workers = capacity_of(problem).forward_workers
+    workers = capacity_of(problem).forward.workers
     return _plan(problem, tiles.q, tiles.kv or tiles.q, workers)
 
 
 def query_gradient_plan(problem: Problem, tiles: Tiles) -> TilePlan:
     """DQ walks as the forward does."""
     capacity = capacity_of(problem)
-    plan = _plan(problem, tiles.q, tiles.kv or tiles.q, capacity.query_gradient_workers)
+    plan = _plan(problem, tiles.q, tiles.kv or tiles.q, capacity.query_gradient.workers)
     return dataclasses.replace(plan, value_stages=capacity.value_stages)
 
 
@@ -235,7 +256,7 @@ def key_gradient_plan(problem: Problem, tiles: Tiles) -> TilePlan:
         problem,
         kv_tile,
         tiles.backward_q or kv_tile,
-        capacity.key_gradient_workers,
+        capacity.key_gradient.workers,
         is_inverse=True,
     )
     return dataclasses.replace(plan, value_stages=capacity.value_stages)
@@ -261,27 +282,11 @@ def _plan(
     return TilePlan(problem, q_tile, kv_tile, num_workers, split_axis, STAGES, STAGES, is_inverse)
 
 
-class JobMemory(NamedTuple):
-    """Arrays in shared memory of a kernel: own ones and float32 rows of own tokens that stay, and rows of visited tokens."""
-
-    own_arrays: int
-    own_rows: int
-    visited_rows: int
-
-
-FORWARD_MEMORY = JobMemory(own_arrays=1, own_rows=2, visited_rows=0)
-"""Q; lse, and on Blackwell the factor of out."""
-QUERY_GRADIENT_MEMORY = JobMemory(own_arrays=2, own_rows=2, visited_rows=0)
-"""Q, dO; on Hopper lse and delta."""
-KEY_GRADIENT_MEMORY = JobMemory(own_arrays=2, own_rows=0, visited_rows=2)
-"""K, V; lse and delta."""
-
-
-def smem_bytes(plan: TilePlan, memory: JobMemory) -> int:
-    """Shared memory of a block at most: its own arrays, two visited arrays by stages, statistics of rows, and barriers."""
+def smem_bytes(plan: TilePlan, job: Job) -> int:
+    """Shared memory of a block: its own arrays, two visited arrays by stages, vectors, staged weights, barriers."""
     own, stages = plan.num_workers * plan.rows, plan.stages + plan.value_stages
-    tokens = memory.own_arrays * own + stages * plan.columns
-    operands = tokens * plan.problem.head_dim * plan.problem.dtype.itemsize
-    rows = memory.own_rows * (own,) + memory.visited_rows * (plan.stages * plan.columns,)
+    tokens = job.own_arrays * own + stages * plan.columns
+    operands = tokens * plan.problem.head_dim + own * job.staged_columns
+    rows = job.own_rows * (own,) + job.visited_rows * (plan.stages * plan.columns,)
     statistics = sum(-(-4 * row // SMEM_ALIGNMENT) * SMEM_ALIGNMENT for row in rows)
-    return operands + statistics + RESERVED_SMEM
+    return operands * plan.problem.dtype.itemsize + statistics + job.other_bytes

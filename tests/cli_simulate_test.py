@@ -103,21 +103,24 @@ def test_bad_input_ends_with_code_2_and_says_the_rule(arguments, message):
 
 
 def processor_seconds(*command):
-    """Least processor time of two runs of a Python command."""
-    spent = []
-    for _ in range(2):
-        begin = os.times()
-        subprocess.run([sys.executable, *command], capture_output=True, check=True)
-        end = os.times()
-        spent.append(end.children_user + end.children_system)
-        spent[-1] -= begin.children_user + begin.children_system
-    return min(spent)
+    """Processor time of a Python command."""
+    begin = os.times()
+    subprocess.run([sys.executable, *command], capture_output=True, check=True)
+    end = os.times()
+    before = begin.children_user + begin.children_system
+    return end.children_user + end.children_system - before
 
 
 def test_a_preset_takes_little_over_importing_jax():
-    # A ratio, because a busy machine stretches processor time too; importing jax takes about a second on a quiet one.
-    command = "-m", "gna_jax", "simulate", "--preset", "hunyuan-91"
-    assert processor_seconds(*command) < 2 * processor_seconds("-c", "import jax")
+    """1.6 times on a quiet machine; another job beside stretches processor time too, so the least of a few runs counts."""
+    spent = {("-m", "gna_jax", "simulate", "--preset", "hunyuan-91"): [], ("-c", "import jax"): []}
+    for _ in range(6):
+        for command, seconds in spent.items():
+            seconds.append(processor_seconds(*command))
+        preset, jax = map(min, spent.values())
+        if preset < 2 * jax:
+            return
+    raise AssertionError(f"the preset takes {preset:.2f} s, importing jax {jax:.2f} s")
 
 
 DRAWINGS = {

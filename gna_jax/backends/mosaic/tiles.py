@@ -56,7 +56,7 @@ def counted(problem: Problem, tiles: Tiles | None = None) -> Tiles:
         tiles = best_tiles(
             rule,
             layout,
-            capacity.forward_workers * rows,
+            capacity.forward.workers * rows,
             capacity.columns,
             dynamic=True,
         )
@@ -65,7 +65,7 @@ def counted(problem: Problem, tiles: Tiles | None = None) -> Tiles:
             rule,
             layout,
             capacity.backward_columns,
-            capacity.key_gradient_workers * rows,
+            capacity.key_gradient.workers * rows,
             dynamic=True,
             backward=True,
             least_q_run=limits.ALIGNED_FLOATS,
