@@ -21,7 +21,7 @@ from gna_jax import backends
 from gna_jax.device import resolve_device
 from gna_jax.problem import Problem
 from gna_jax.simulator import Simulation, predict
-from gna_jax.simulator.cost import DKV_PRODUCTS, FORWARD_PRODUCTS
+from gna_jax.simulator.cost import FORWARD_PRODUCTS, key_gradient_products
 from gna_jax.simulator.counts import attended_pairs
 from gna_jax.simulator.devices import device_rates
 from gna_jax.simulator.roofline import Direction
@@ -228,7 +228,7 @@ def _simulation(problem: Problem, direction: Direction, tiles: Tiles) -> Simulat
 
 
 def predicted_seconds(problem: Problem, direction: Direction, tiles: Tiles) -> float:
-    """What the cost model says of the forward kernel, or of that of dK and dV, with these tiles."""
+    """What the cost model says of the forward kernel, or of those of dK and dV, with these tiles."""
     from gna_jax.backends.mosaic.head_dims import padded_head_dim
 
     prediction = predict(
@@ -241,7 +241,8 @@ def predicted_seconds(problem: Problem, direction: Direction, tiles: Tiles) -> f
         device=problem.device,
         direction=direction,
     )
-    return prediction.kernel_seconds[-1]
+    seconds = prediction.kernel_seconds
+    return seconds[0] if direction == "forward" else sum(seconds[1:])
 
 
 def _seconds_of_products(problem: Problem, direction: Direction, tiles: Tiles) -> float:
@@ -249,11 +250,11 @@ def _seconds_of_products(problem: Problem, direction: Direction, tiles: Tiles) -
     from gna_jax.backends.mosaic.head_dims import padded_head_dim
 
     simulation, rates = _simulation(problem, direction, tiles), device_rates(problem.device)
-    is_forward = direction == "forward"
+    is_forward, head_dim = direction == "forward", padded_head_dim(problem)
     counts = simulation.forward if is_forward else simulation.backward
-    products = FORWARD_PRODUCTS if is_forward else DKV_PRODUCTS
+    products = FORWARD_PRODUCTS if is_forward else sum(key_gradient_products(head_dim))
     pairs = counts.computed_pairs * problem.batch * problem.query_heads
-    flops = 2 * products * pairs * padded_head_dim(problem)
+    flops = 2 * products * pairs * head_dim
     speed = rates.mma_16bit * rates.clock * rates.spec.num_sms * rates.forward_efficiency
     return flops / speed
 

@@ -125,6 +125,18 @@ def test_predicted_seconds_are_explains():
     assert forward < query_gradient < key_gradient < 4 * forward
 
 
+@pytest.mark.parametrize("device", ["h200", "b200"])
+def test_wide_heads_have_kernels_of_their_own_for_keys_and_values(device):
+    call = Call((30, 48, 80), (18, 24, 24), heads=4, head_dim=192, device=device)
+    generation = {"h200": "hopper", "b200": "blackwell"}[device]
+    jobs = ("forward", "query_gradient", "key_gradient", "value_gradient")
+    assert [kernel.name for kernel in call.kernels()] == [f"{generation}_{job}" for job in jobs]
+    assert all(kernel.plan.problem.head_dim == 256 for kernel in call.kernels())
+    seconds = dict(zip(jobs, map(predicted_seconds, call.kernels()), strict=True))
+    # Three products and two of the same pairs, but the same tiles to read, which may take longer.
+    assert seconds["value_gradient"] <= seconds["key_gradient"] < 1.6 * seconds["value_gradient"]
+
+
 def test_calls_travel_as_json():
     for call in (CALL, Call((9,), (3,), is_causal=(True,), q_tile=(64,), kv_tile=64)):
         again = Call.from_json(json.loads(json.dumps(dataclasses.asdict(call))))

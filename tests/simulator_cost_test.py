@@ -28,6 +28,7 @@ from gna_jax.simulator.roofline import (
     merged_kinds,
 )
 from gna_jax.tiling import Tiles
+from pallas_kernels import limits
 
 GPUS = sorted(RATES)
 H100 = RATES["h100"]
@@ -209,6 +210,20 @@ def test_the_backward_is_two_kernels_of_seven_products():
     assert backward.resources["hbm"] == pytest.approx(expected)
     dense = predict_dense((64, 64), direction="backward", **call)
     assert dense.useful_flops == dense.computed_flops == 10 * 4096**2 * 128 * 4
+
+
+@pytest.mark.parametrize("device", ["h200", "b200"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_wide_heads_have_a_kernel_more(head_dim, device):
+    """As many as the Pallas kernels take passes, and eight products instead of seven."""
+    blocked = simulate((64, 64), window_size=16, stride=16, q_tile=(8, 8), kv_tile=(8, 8))
+    call = {"heads": 4, "head_dim": head_dim, "device": device}
+    forward, backward = (predict(blocked, direction=d, **call) for d in ("forward", "backward"))
+    generation = {"h200": limits.HOPPER, "b200": limits.BLACKWELL}[device]
+    capacity = generation.wide if head_dim > limits.WIDEST_NARROW_HEAD else generation.narrow
+    passes = capacity.key_gradient_passes
+    assert len(backward.kernel_seconds) == 1 + len(passes)
+    assert backward.computed_flops * 2 == forward.computed_flops * (6 + len(passes))
 
 
 def test_useful_and_computed_work_are_apart():

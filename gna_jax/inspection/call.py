@@ -147,4 +147,6 @@ def predicted_seconds(kernel: "Kernel") -> float | None:
         device=problem.device,
         direction="forward" if kernel.direction == "forward" else "backward",
     )
-    return prediction.kernel_seconds[int(plan.is_inverse)]
+    backward = "query_gradient", "key_gradient", "value_gradient"
+    job = kernel.name.partition("_")[2]
+    return prediction.kernel_seconds[0 if job == "forward" else backward.index(job)]

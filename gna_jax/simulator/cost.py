@@ -29,8 +29,10 @@ FORWARD_PRODUCTS = 2
 """Q K^T and P V."""
 FUSED_BACKWARD_PRODUCTS = 5
 """Q K^T, dO V^T, and one for each of dQ, dK and dV: what the useful work of a backward is counted with."""
-DQ_PRODUCTS, DKV_PRODUCTS = 3, 4
-"""The same in two kernels without atomics: both compute Q K^T and dO V^T."""
+DQ_PRODUCTS = 3
+"""The same in kernels without atomics: Q K^T, dO V^T and dQ in the first."""
+WIDEST_SHARED_HEAD = 128
+"""Up to this head dim one kernel has room for the sums of both dK and dV."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Prediction:
       device: kind of device.
       direction: `"forward"` or `"backward"`.
       seconds: of all its kernels.
-      kernel_seconds: of the kernels that walk tiles: the forward, or dQ and then dK with dV. On a CPU equal to `seconds`.
+      kernel_seconds: of the kernels that walk tiles: the forward, or dQ and then dK with dV, or dK and dV apart. On a CPU equal
+        to `seconds`.
       resources: seconds that each resource would take alone and perfectly balanced: `mma` (products), `exp`, `mask`, `l2`, `hbm`
         (memory), `launch` (starting kernels; prologue and epilogue of tiles). On a CPU they are parts of `seconds`.
       waves: tiles per SM; 0 on a CPU.
@@ -99,7 +102,8 @@ def predict(
 ) -> Prediction:
     """Predicted time of a simulated rule with its tiles.
 
-    The backward is the two deterministic kernels, dQ and then dK with dV: seven products, at the forward's efficiency.
+    The backward is the two deterministic kernels, dQ and then dK with dV: seven products, at the forward's efficiency. With head
+    dims above 128 dK and dV have a kernel each, and products are eight.
 
     Args:
       simulation: rule, layout, tiles and additional keys.
@@ -182,6 +186,11 @@ def predict_dense(
     return _on_gpu([kernel], call, on, "shell", useful)
 
 
+def key_gradient_products(head_dim: int) -> tuple[int, ...]:
+    """Products of each kernel that sums up dK and dV: Q K^T and dV, dO V^T and dK; apart, both compute Q K^T."""
+    return (4,) if head_dim <= WIDEST_SHARED_HEAD else (3, 2)
+
+
 def _useful_flops(pairs: int, call: Call) -> int:
     products = FORWARD_PRODUCTS if call.direction == "forward" else FUSED_BACKWARD_PRODUCTS
     return 2 * products * pairs * call.head_dim * call.heads * call.batch
@@ -214,9 +223,12 @@ def _kernels_of(simulation: Simulation, call: Call, on: DeviceRates) -> list[Ker
 
     if call.direction == "forward":
         return [kernel(FORWARD_PRODUCTS, 2, 2, inverse=False)]  # Q, O; K, V
+    # Q, dO; K, V and what is summed up.
+    products = key_gradient_products(call.head_dim)
+    key_tensors = (4,) if len(products) == 1 else (3, 3)
     return [
         kernel(DQ_PRODUCTS, 3, 2, inverse=False),  # Q, dO, dQ; K, V
-        kernel(DKV_PRODUCTS, 2, 4, inverse=True),  # Q, dO; K, V, dK, dV
+        *(kernel(p, 2, k, inverse=True) for p, k in zip(products, key_tensors, strict=True)),
     ]
 
 
