@@ -33,6 +33,8 @@ CALLS = {
                "is_causal": (True, False, False), "head_dim": 256, "batch": 2, "heads": 4},
     "2d-64": {**_IMAGE, "head_dim": 64},
     "3d-64": {**_VIDEO, "head_dim": 64, "heads": 4},
+    # 2**33 elements in each array: nothing may be counted in 32 bits.
+    "2d-huge": {"layout": (4096, 4096), "window_size": (16, 16), "head_dim": 64, "heads": 8, "kv_heads": 8},
     "2d-32": {"layout": (5, 6), "window_size": (3, 3), "head_dim": 32},
 }  # fmt: skip
 """What a kernel is compiled for besides its device, by name; two key/value heads, and the backend's tiles."""
@@ -44,7 +46,7 @@ DEVICES = ("h200", "b200")
 def calls() -> dict[str, Call]:
     """Every call on every device, by name."""
     return {
-        f"{device}-{name}": Call(device=device, kv_heads=2, **{"heads": 2, **fields})
+        f"{device}-{name}": Call(device=device, **{"heads": 2, "kv_heads": 2, **fields})
         for device in DEVICES
         for name, fields in CALLS.items()
     }
