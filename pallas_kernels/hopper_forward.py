@@ -88,10 +88,11 @@ class ForwardKernel(TileKernel):
 
         def load(step: Any, place: BoxPlace) -> None:
             slot = self.slot(step)
+            ready = memory.key_ready.at[slot]
             wait_for_slot(memory.key_free, step, stages)
-            buffer.load(memory.key, memory.key_slots, slot, place, memory.key_ready.at[slot])
+            buffer.load(memory.key, memory.key_slots, slot, place, ready)
             warpgroups.note(memory.notes, slot, place.start)
-            plgpu.barrier_arrive(memory.key_ready.at[slot])
+            plgpu.barrier_arrive(ready)
             wait_for_slot(memory.value_free, step, stages)
             buffer.load(memory.value, memory.value_slots, slot, place, memory.value_ready.at[slot])
 

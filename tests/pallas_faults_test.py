@@ -13,8 +13,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from attention_suite import case_of, check_array
-from pallas_suite import JOBS, TOLERANCE, call_of, interpret, plan_of
+from attention_suite import case_1d, case_of, check_array
+from pallas_suite import JOBS, KEY_GRADIENT, TOLERANCE, call_of, interpret, plan_of
 
 import pallas_kernels
 from gna_jax.tiling import Tiles
@@ -31,6 +31,12 @@ TILES = {
 }
 # One head, and in every kernel a tile that fills each slot several times, without masks and then with.
 CASE = case_of((4, 104), (4, 73), batch=1, heads_per_kv=1, head_dim=32, value_dim=32)
+# Wide heads, for what only a kernel of one gradient does.
+WIDE = case_1d(280, 200, batch=1, heads_per_kv=1, head_dim=256, value_dim=256)
+WIDE_TILES = {
+    "hopper": Tiles(q=(64,), kv=(64,), backward_q=(64,), backward_kv=(64,)),
+    "blackwell": Tiles(q=(128,), kv=(64,), backward_q=(64,), backward_kv=(128,)),
+}
 WAIT, ARRIVE = "barrier_wait", "barrier_arrive"
 HARMLESS = ("memory.turn", "ready", "memory.own_ready")
 """Barriers whose faults may stay unseen. Turns at the matrix unit order nothing but time. A block's own operands are waited for once, and
@@ -41,9 +47,10 @@ CAUGHT = (AssertionError, jax.errors.JaxRuntimeError, ValueError)
 """A wrong value, a race, a barrier out of step. Not: a mutation that is no program."""
 
 
-def run(generation, job):
+def run(generation, job, *, is_wide=False):
     """The kernel on the case: raises where something is wrong."""
-    case = dataclasses.replace(CASE, tiles=TILES[generation])
+    case, tiles = (WIDE, WIDE_TILES) if is_wide else (CASE, TILES)
+    case = dataclasses.replace(case, tiles=tiles[generation])
     call = call_of(case)
     for name, array in interpret(case, call, generation, job).items():
         check_array(array, call.want[name], TOLERANCE[call.operands.query.dtype], name)
@@ -55,6 +62,8 @@ def test_without_a_fault(generation, job):
     walks = [tile_walk(plan, tile) for tile in range(plan.num_tiles)]
     assert any(plan.stages < walk.num_clean < walk.num_visits - plan.stages for walk in walks)
     run(generation, job)
+    if job == KEY_GRADIENT:
+        run(generation, job, is_wide=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +158,8 @@ def test_synchronisation(fault, monkeypatch):
     with pytest.raises(CAUGHT):
         for _ in range(ATTEMPTS):
             run(fault.generation, fault.job)
+            if fault.job == KEY_GRADIENT:
+                run(fault.generation, fault.job, is_wide=True)
 
 
 @pytest.mark.parametrize(("generation", "job"), KERNELS)
