@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import jaxtyping
 jaxtyping.install_import_hook(["gna_jax"], "beartype.beartype")
@@ -37,6 +39,7 @@ except jaxtyping.TypeCheckError:
 """
 
 
+@pytest.mark.slow
 def test_annotations_hold_when_checked_at_run_time():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, check=False

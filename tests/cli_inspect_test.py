@@ -135,7 +135,7 @@ def test_what_is_missing_is_said_before_anything_is_compiled(compiler, monkeypat
     [
         ("64x64 -w 9 --device a100", 1, "the Pallas kernels run on Hopper"),
         ("64x64 -w 9 --dtype float32", 1, "take bfloat16 and float16; got float32"),
-        ("64x64 -w 9 -d 256", 1, "got head_dim=256"),
+        ("64x64 -w 9 -d 264", 1, "got head_dim=264"),
         ("64x64 -w 9 --device cpu", 1, "mosaic runs on cuda, the device is cpu"),
         ("64x64 -w 9 --q-tile 8x9 --kv-tile 8x8", 1, "powers of two"),
         ("64x64 -w 9 --device abacus", 2, "got device='abacus'"),

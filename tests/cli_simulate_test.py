@@ -157,6 +157,7 @@ def test_draw_writes_files(tmp_path):
     assert code == 2 and "must end in .png or .svg" in error
 
 
+@pytest.mark.slow
 def test_draw_speedup_and_gallery(tmp_path):
     code, out, _ = run(
         "draw", *"speedup 256x256 -w 80 -s 1 -s 16x1 -s 16 --q-tile 16x16 --kv-tile 16x8".split()

@@ -31,7 +31,14 @@ def test_video_layout_stays_under_100_mib():
     assert temporary < 100 * MIB
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 8}, {"dilation": 4, "is_causal": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"stride": 8}, marks=pytest.mark.slow),
+        {"dilation": 4, "is_causal": True},
+    ],
+)
 def test_memory_grows_with_tokens(options):
     """Four times the tokens at one window: at most four times the memory, and no array of tokens squared."""
     small, large = (compiled((n,), 1, 16, window_size=64, **options) for n in (4096, 16384))
@@ -43,6 +50,7 @@ def test_memory_grows_with_tokens(options):
     assert largest >= 16384 * 16  # the operands themselves: the text was read
 
 
+@pytest.mark.slow
 def test_bias_gradient_keeps_no_pairs():
     """The table's gradient is summed tile by tile."""
     tokens = jax.ShapeDtypeStruct((1, 64, 64, 2, 16), jnp.float32)

@@ -91,7 +91,9 @@ def check_untouched(case, dtype, run, arrays, with_bias):
                 same_bits(got.gradients[name], want.gradients[name], f"d {name}, {what}")
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.float16]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_finite_changes_outside_a_window(case, dtype):
     run, arrays = compiled(case, dtype), case.inputs(dtype)
@@ -165,7 +167,10 @@ def tile_reach(case, backward):
         case_1d(37, 4, stride=3, dilation=3, tiles=Tiles(q=(4,), kv=None)),
         case_1d(30, 7, is_causal=True, tiles=Tiles(q=(5,), kv=None), num_additional=1),
         case_of((9, 8), (3, 4), tiles=Tiles(q=(4, 3), kv=None)),
-        case_of((5, 6, 6), (3, 2, 3), dilation=(1, 2, 1), tiles=Tiles(q=(5, 2, 3), kv=None)),
+        pytest.param(
+            case_of((5, 6, 6), (3, 2, 3), dilation=(1, 2, 1), tiles=Tiles(q=(5, 2, 3), kv=None)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

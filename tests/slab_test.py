@@ -28,6 +28,8 @@ import gna_jax
 from gna_jax.attention import slab_attention
 from gna_jax.tiling import Tiles
 
+SLOW = pytest.mark.slow
+
 
 def attend_slab(case, arrays, origins, **options):
     """`slab_attention` on a case whose layout is the volume's."""
@@ -97,7 +99,9 @@ def random_slabs(seed):
     return case, *layouts, origins, tiles if seed % 2 else None
 
 
-@pytest.mark.parametrize("seed", range(400, 405))
+@pytest.mark.parametrize(
+    "seed", [400, 401, 402, *(pytest.param(n, marks=SLOW) for n in (403, 404))]
+)
 def test_random_slabs(seed):
     *slabs, tiles = random_slabs(seed)
     check_slabs(*slabs, tiles=tiles)
@@ -146,11 +150,11 @@ def assembled(case, arrays, axis, cuts):
         (case_1d(30, 7, has_bias=True, num_additional=2, lengths=(2, 0)), 0, (0, 10, 20, 30)),
         # Uneven; a stride group and dilation groups cross the cuts.
         (case_1d(35, 6, stride=4, dilation=3, kv_heads=2), 0, (0, 1, 17, 35)),
-        (case_1d(29, 9, stride=2, is_causal=True, has_bias=True), 0, (0, 14, 29)),
-        (case_of((9, 8), (4, 3), stride=(2, 3), dilation=(2, 1)), 0, (0, 4, 9)),
+        pytest.param(case_1d(29, 9, stride=2, is_causal=True, has_bias=True), 0, (0, 14, 29), marks=SLOW),
+        pytest.param(case_of((9, 8), (4, 3), stride=(2, 3), dilation=(2, 1)), 0, (0, 4, 9), marks=SLOW),
         (case_of((9, 8), (4, 3), stride=(2, 3), dilation=(1, 2), is_causal=(True, False)), 1, (0, 3, 8)),
-        (case_of((4, 5, 6), (3, -1, 4), has_bias=True, dilation=(1, 2, 1)), 0, (0, 2, 4)),
-        (case_of((4, 5, 6), (3, -1, 4), num_additional=1), 1, (0, 3, 5)),
+        pytest.param(case_of((4, 5, 6), (3, -1, 4), has_bias=True, dilation=(1, 2, 1)), 0, (0, 2, 4), marks=SLOW),
+        pytest.param(case_of((4, 5, 6), (3, -1, 4), num_additional=1), 1, (0, 3, 5), marks=SLOW),
         (case_of((4, 5, 6), (3, 2, 4), is_causal=(False, True, True)), 2, (0, 3, 6)),
     ],
     ids=str,
@@ -189,7 +193,7 @@ def test_equal_slabs_share_one_program():
     [
         (case_1d(26, 9, stride=3, has_bias=True, num_additional=2, lengths=(1, 2)), (0, 11, 13, 26)),
         (case_1d(27, 6, dilation=4, is_causal=True, kv_heads=2), (0, 9, 18, 27)),
-        (case_of((8, 6), (5, 4), stride=(2, 1), has_bias=True), (0, 3, 8)),
+        pytest.param(case_of((8, 6), (5, 4), stride=(2, 1), has_bias=True), (0, 3, 8), marks=SLOW),
     ],
     ids=str,
 )  # fmt: skip

@@ -132,7 +132,9 @@ def test_float64(seed):
         check(random_case(seed), np.float64, FLOAT64)
 
 
-@pytest.mark.parametrize("seed", range(110, 113))
+@pytest.mark.parametrize(
+    "seed", [111, *(pytest.param(n, marks=pytest.mark.slow) for n in (110, 112))]
+)
 def test_float32_under_x64(seed):
     with jax.enable_x64(True):
         check(random_case(seed), np.float32, FLOAT32)
@@ -190,6 +192,7 @@ def test_bias_of_another_dtype():
     assert error <= 4e-3 * largest
 
 
+@pytest.mark.slow
 def test_large_repeat_runs_are_bit_equal():
     """Large enough that XLA spreads the work over threads."""
     case = case_of(
