@@ -12,6 +12,8 @@ OLDEST_JAX := 0.11.2
 OLDEST_PYTHON := 3.12
 OLDEST_VENV := .venv-oldest
 PYTEST_ARGS ?=
+BAZEL ?= bazel
+BAZEL_ARGS ?=
 # Of `make gpu`: a Python that has jax for CUDA and the test tools (default: one is set up), one with torch for CUDA, minutes.
 GPU_PYTHON ?=
 TORCH_PYTHON ?=
@@ -22,7 +24,7 @@ PYTEST = -m pytest -n 2 --dist worksteal
 # On the oldest jax: what could break with its version. Geometry, tiles, messages and reports are numpy and Python.
 CORE_TESTS = $(addprefix tests/,xla_test.py reference_test.py vjp_test.py sharding_test.py slab_test.py flax_test.py merge_test.py)
 
-.PHONY: help setup lint type test test-newest test-oldest test-kernels test-all gpu demo bench wheel format clean
+.PHONY: help setup lint type test test-newest test-oldest test-kernels test-all bazel-test gpu demo bench wheel format clean
 
 help: ## this list
 	@echo "gna_jax: make TARGET"
@@ -76,17 +78,28 @@ test-kernels: setup ## GPU kernels without a GPU: values in jax's interpreter, r
 	@.ci/timed
 	@tail -n 1 build/pytest-kernels.log
 
-# jax's compiler for CUDA without CUDA: two of its wheels, and ptxas from a third where the machine has none.
+# jax's compiler for CUDA without CUDA: two of its wheels. CUTLASS' headers, a disassembler, and nvcc where the machine has none.
 .PHONY: test-kernels-parts
 test-kernels-parts: setup
 	@version=$$($(VENV)/bin/python -c 'import jaxlib; print(jaxlib.__version__)'); \
 	  wheels="jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version"; \
-	  if ! command -v ptxas >/dev/null; then wheels="$$wheels nvidia-cuda-nvcc"; fi; \
+	  wheels="$$wheels nvidia-cutlass==4.2.0.0 nvidia-cuda-nvdisasm"; \
+	  if ! command -v nvcc >/dev/null; then \
+	    wheels="$$wheels nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl"; \
+	  fi; \
 	  $(VENV)/bin/python -m pip install --quiet --no-deps $$wheels
 	@$(VENV)/bin/python $(PYTEST) -m "kernel and not slow" $(PYTEST_ARGS) | tee build/pytest-kernels.log
 
 test-all: setup ## the tests, those of the GPU kernels and those marked slow: an hour or two
 	@$(VENV)/bin/python $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+
+RUN_BAZEL = PATH="$(abspath $(VENV))/bin:$$PATH" $(BAZEL) --output_user_root=$(CURDIR)/build/bazel
+
+bazel-test: setup ## Bazel's view of the tree: its quick tests, without a network if Bazel is Debian's
+	@if ! command -v $(BAZEL) >/dev/null; then \
+	  echo "no Bazel: apt-get install bazel-bootstrap, or BAZEL=/path/to/bazel make bazel-test" >&2; exit 1; \
+	fi; \
+	status=0; $(RUN_BAZEL) test $(BAZEL_ARGS) //:quick || status=$$?; $(RUN_BAZEL) shutdown; exit $$status
 
 # Parts go on after a failure: a GPU is rare, and what the next part says is worth having. All of it stays below GPU_MINUTES.
 gpu: ## on this machine's GPU, in 9 minutes: the tests marked gpu, gna-jax verify, the benchmark of published sizes

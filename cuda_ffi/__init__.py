@@ -1,6 +1,5 @@
-"""Neighborhood attention kernels in CUDA C++, called through XLA's FFI: where they will live. None is written yet.
+"""The CUDA kernels of neighborhood attention, called through XLA's FFI: their sources, their build, and the built library.
 
-Planned here: CUTLASS kernels for Hopper and Blackwell, an opt-in build on top of the pure Python wheel, and the code
-that loads the built library and registers its calls with jax. `gna_jax.backends` imports this package only when it
-needs it.
+C++ lives in `include` (geometry), `kernels` and `handlers`; Python finds and loads what was built (`library`) and builds it (`build`).
+`gna_jax.backends.cutlass` imports this package when it is asked for, and nothing else does.
 """

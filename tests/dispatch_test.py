@@ -176,7 +176,7 @@ def test_gna_warns_only_by_default(monkeypatch):
     jax.eval_shape(lambda: gna(x, x, x, window_size=3, device="h200"))  # warned already
 
 
-@pytest.mark.parametrize("name", ["cutlass", "triton"])
+@pytest.mark.parametrize("name", ["triton"])
 def test_announced_kernels_say_so(name):
     x = np.ones((1, 4, 1, 2), np.float32)
     with pytest.raises(

@@ -11,7 +11,11 @@ from gna_jax.natten import KNOBS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
-PAGES += sorted(page for page in ROOT.glob("*/**/README.md") if ".venv" not in str(page))
+PAGES += sorted(
+    page
+    for page in ROOT.glob("*/**/README.md")
+    if not page.relative_to(ROOT).parts[0].startswith((".venv", "build"))
+)
 
 
 def _code_blocks(page: pathlib.Path) -> list[str]:

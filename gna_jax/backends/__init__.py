@@ -58,7 +58,7 @@ class Rung:
 
 
 RUNGS = (
-    Rung("cutlass", None, ("cuda",)),
+    Rung("cutlass", "gna_jax.backends.cutlass", ("cuda",)),
     Rung("mosaic", "gna_jax.backends.mosaic", ("cuda",)),
     Rung("triton", None, ("cuda",)),
     Rung("xla", "gna_jax.backends.xla"),

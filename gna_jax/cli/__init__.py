@@ -10,6 +10,7 @@ import jax
 import typer
 
 import gna_jax
+from gna_jax.cli.build_cuda import build_cuda
 from gna_jax.cli.draw import draw
 from gna_jax.cli.explain import explain
 from gna_jax.cli.inspect import inspect
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 """The command, installed as `gna-jax`; also `python -m gna_jax`."""
 
+app.command()(build_cuda)
 app.command(no_args_is_help=True)(explain)
 app.command(no_args_is_help=True)(inspect)
 app.command(no_args_is_help=True)(simulate)
