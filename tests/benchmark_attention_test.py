@@ -306,6 +306,7 @@ def test_names_are_checked(tmp_path, monkeypatch):
         run(tmp_path, monkeypatch, suite="unpublished")
 
 
+@pytest.mark.slow
 def test_dense_attention_through_the_same_path():
     """The comparison of the dense peer, with jax's own attention in cuDNN's place."""
     rule = Neighborhood.of(1, window_size=WHOLE_GROUP)

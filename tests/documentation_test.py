@@ -23,7 +23,7 @@ def _code_blocks(page: pathlib.Path) -> list[str]:
 
 
 def test_ten_lines_of_the_readme_run(capsys):
-    block, interpreted = _code_blocks(ROOT / "README.md")
+    block, _ = _code_blocks(ROOT / "README.md")
     assert len(block.strip().splitlines()) <= 11
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
@@ -31,7 +31,15 @@ def test_ten_lines_of_the_readme_run(capsys):
     assert names["dq"].shape == names["q"].shape == names["out"].shape
     assert names["lse"].shape == names["q"].shape[:-1]
     assert "xla on" in printed and "window    7x7" in printed
+
+
+@pytest.mark.kernel
+def test_kernels_of_the_readme_run_in_the_interpreter():
+    block, interpreted = _code_blocks(ROOT / "README.md")
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
     exec(compile(interpreted, "README.md", "exec"), names)
+    assert names["out"].shape == names["x"].shape
     x = names["x"]
     want = gna_jax.gna(x, x, x, window_size=5)
     assert abs(names["out"].astype("float32") - want.astype("float32")).max() < 2e-2

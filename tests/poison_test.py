@@ -218,7 +218,7 @@ def slab_program(case, tiles):
     return run
 
 
-@pytest.mark.parametrize("tile", [None, 1, 3])
+@pytest.mark.parametrize("tile", [None, pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     ("case", "slab"),
     [

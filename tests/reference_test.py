@@ -98,6 +98,7 @@ def test_jvp():
         check_array(got, want, 1e-12)
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     """Hessian times a direction, over all operands at once, against differences of the closed-form gradient."""
     with jax.enable_x64(True):
