@@ -122,7 +122,9 @@ def forward_case(seed):
     return with_tiles(case, q, kv), math.prod(q)
 
 
-@pytest.mark.parametrize("first", range(0, 200, 20))
+@pytest.mark.parametrize(
+    "first", [0, 20, 40, *(pytest.param(n, marks=pytest.mark.slow) for n in range(60, 200, 20))]
+)
 def test_random_cases(emulator, first):
     for seed in range(first, first + 20):
         case, queries = forward_case(seed)
