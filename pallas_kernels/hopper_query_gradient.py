@@ -140,7 +140,7 @@ class QueryGradientKernel(TileKernel):
         for outside, inside in rows:
             source = outside.at[place.batch, place.head, part]
             plgpu.copy_gmem_to_smem(source, inside.at[worker], ready)
-        visits = walk.num_clean, walk.num_visits
+        visits = self.steps(walk)
         warpgroups.note_part(memory.notes, plan.stages + worker, visits, place)
         plgpu.barrier_wait(ready)
         return visits

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: the roles of warpgroups, layouts in registers, the producer's loop, products from registers.
+"""What the Hopper kernels share: the roles of warpgroups, layouts in registers, notes and weights in shared memory, products.
 
 A block has one or two workers, a warpgroup of 64 own rows each, and behind them a producer. Nothing here knows attention.
 """

@@ -88,14 +88,9 @@ class TileKernel(abc.ABC):
     def steps(self, walk: TileWalk) -> tuple[Any, Any]:
         """Clean steps, and all steps: a step is a visit for one head that the block visits."""
         heads = self.plan.visited_heads
-        return (
-            (walk.num_clean, walk.num_visits)
-            if heads == 1
-            else (
-                walk.num_clean * heads,
-                walk.num_visits * heads,
-            )
-        )
+        if heads == 1:
+            return walk.num_clean, walk.num_visits
+        return walk.num_clean * heads, walk.num_visits * heads
 
     def for_each_step(self, walk: TileWalk, visit: Callable[[Any, BoxPlace], None]) -> None:
         """Calls `visit(step, place of the visited tile)` for every step, clean ones first."""

@@ -134,9 +134,8 @@ def too_early(program: list[Statement], number: int, state: frozenset[str]) -> I
     for kind, forbidden in FORBIDS.items():
         if kind in state and text.startswith(forbidden) and not is_meeting(program, number):
             yield kind
-    if text.startswith(("wgmma", "mov")):
-        return
-    if operands(text)[1] & state:
+    # A register may be named anew, and wgmma may go on with its own sum; it may not take another's as its left operand.
+    if not text.startswith("mov") and operands(text)[1] & state:
         yield "wgmma"
 
 

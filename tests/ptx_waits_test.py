@@ -50,6 +50,11 @@ def test_what_waits_is_in_order_and_without_the_wait_is_not(issue):
     [
         (WGMMA, "add.f32 %r7, %r1, %r2;", "wgmma still runs"),
         (WGMMA, "mov.b32 %r7, %r1;\n\tadd.f32 %r8, %r7, %r4;", "wgmma still runs"),
+        (
+            WGMMA,
+            WGMMA.replace("{%r1,%r2}, %rd1", "{%r7,%r8}, {%r1,%r2}"),  # a sum as a left operand
+            "wgmma still runs",
+        ),
         (LOAD, STORE, "tcgen05.ld still runs"),
         (
             STORE,
