@@ -20,10 +20,11 @@ SMALL_IS_GOOD = ("registers", "spill_bytes", "stack_bytes", "smem_bytes", "tmem_
 LARGE_IS_GOOD = ("mma",)
 """And of these not less: fewer matrix instructions mean that products moved elsewhere, or shrank."""
 
+_SEQUENCE = {"layout": (32768,), "window_size": (2048,)}
 _VIDEO = {"layout": (30, 48, 80), "window_size": (18, 24, 24)}
 _IMAGE = {"layout": (256, 256), "window_size": (80, 80)}
 CALLS = {
-    "1d": {"layout": (32768,), "window_size": (2048,)},
+    "1d": _SEQUENCE,
     "2d": {**_IMAGE, "batch": 2},
     "3d-float16": {**_VIDEO, "batch": 2, "dtype": "float16"},
     "3d-all": {**_VIDEO, "window_size": (6, 8, 8), "stride": (1, 2, 4), "dilation": (1, 3, 2),
@@ -33,6 +34,11 @@ CALLS = {
                "is_causal": (True, False, False), "head_dim": 256, "batch": 2, "heads": 4},
     "2d-64": {**_IMAGE, "head_dim": 64},
     "3d-64": {**_VIDEO, "head_dim": 64, "heads": 4},
+    # What is left of every rank with every head dim.
+    "1d-256": {**_SEQUENCE, "head_dim": 256},
+    "1d-64": {**_SEQUENCE, "head_dim": 64},
+    "1d-32": {**_SEQUENCE, "head_dim": 32},
+    "3d-32": {**_VIDEO, "head_dim": 32},
     # 2**33 elements in each array: nothing may be counted in 32 bits.
     "2d-huge": {"layout": (4096, 4096), "window_size": (16, 16), "head_dim": 64, "heads": 8, "kv_heads": 8},
     "2d-32": {"layout": (5, 6), "window_size": (3, 3), "head_dim": 32},

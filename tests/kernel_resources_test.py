@@ -135,3 +135,15 @@ def test_the_page_shows_what_the_command_prints():
     result = CliRunner().invoke(app, shlex.split(command), env={"COLUMNS": "80", "NO_COLOR": "1"})
     assert result.exit_code == 0
     assert result.stdout in page
+
+
+def test_the_committed_table_has_every_rank_with_every_head_dim():
+    rows = [(CALLS[name], kernel) for name, kernel in kernel_resources.read()]
+    got = {(len(call.layout), call.head_dim, kernel) for call, kernel in rows}
+    jobs = {"forward", "query_gradient", "key_gradient"}
+    for generation in ("hopper", "blackwell"):
+        for rank in (1, 2, 3):
+            for head_dim in limits.HEAD_DIMS:
+                wide = {"value_gradient"} if head_dim > limits.WIDEST_NARROW_HEAD else set()
+                for job in jobs | wide:
+                    assert (rank, head_dim, f"{generation}_{job}") in got
