@@ -14,10 +14,12 @@ OLDEST_VENV := .venv-oldest
 PYTEST_ARGS ?=
 BAZEL ?= bazel
 BAZEL_ARGS ?=
-# Of `make gpu`: a Python that has jax for CUDA and the test tools (default: one is set up), one with torch for CUDA, minutes.
+# Of `make gpu`: a Python that has jax for CUDA and the test tools (default: one is set up), one with torch for CUDA, minutes,
+# seconds for building the CUDA library where there is none.
 GPU_PYTHON ?=
 TORCH_PYTHON ?=
 GPU_MINUTES ?= 9
+GPU_BUILD_SECONDS ?= 180
 
 # Most of a test's time is one thread tracing and compiling, so a worker for each of two cores.
 PYTEST = -m pytest -n 2 --dist worksteal
@@ -25,7 +27,7 @@ PYTEST = -m pytest -n 2 --dist worksteal
 CORE_TESTS = $(addprefix tests/,xla_test.py reference_test.py vjp_test.py sharding_test.py flax_test.py)
 CORE_CHOICE = -k "not (explicit_tiles or several_steps or head_dims)"
 
-.PHONY: help setup lint type test test-newest test-oldest test-kernels test-all bazel-test gpu demo bench wheel format clean
+.PHONY: help setup lint type test test-newest test-oldest test-kernels test-all bazel-test gpu gpu-library demo bench wheel format clean
 
 help: ## this list
 	@echo "gna_jax: make TARGET"
@@ -103,10 +105,11 @@ bazel-test: setup ## Bazel's view of the tree: its quick tests, without a networ
 	status=0; $(RUN_BAZEL) test $(BAZEL_ARGS) //:quick || status=$$?; $(RUN_BAZEL) shutdown; exit $$status
 
 # Parts go on after a failure: a GPU is rare, and what the next part says is worth having. All of it stays below GPU_MINUTES.
-gpu: ## on this machine's GPU, in 9 minutes: the tests marked gpu, gna-jax verify, the benchmark of published sizes
-	@if [ -z "$(GPU_PYTHON)" ]; then $(MAKE) setup EXTRAS=dev,cuda13; fi
+gpu: ## on this machine's GPU, in 9 minutes: the tests marked gpu, gna-jax selfcheck, the benchmark of published sizes
+	@if [ -z "$(GPU_PYTHON)" ]; then $(MAKE) setup EXTRAS=dev,cuda13,cuda-build; fi
 	@GNA_JAX_TEST_GPU=1 $(MAKE) gpu-parts GPU_STARTED=$(shell date +%s) GPU_PYTHON=$(or $(GPU_PYTHON),$(VENV)/bin/python)
 
+# cutlass takes part where its library can be loaded, or be built within GPU_BUILD_SECONDS. Tests: at most a third of the time.
 .PHONY: gpu-parts
 gpu-parts: export XLA_PYTHON_CLIENT_PREALLOCATE = false
 gpu-parts: export PYTHONPATH = $(CURDIR)
@@ -114,14 +117,33 @@ gpu-parts:
 	@if ! $(GPU_PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; then \
 	  echo "jax sees no GPU here, so there is nothing to verify on one. Without a GPU: make test-kernels."; exit; \
 	fi; \
-	SECONDS=$$(($$(date +%s) - $(GPU_STARTED))); status=0; \
-	timeout 180 $(GPU_PYTHON) -m pytest -m gpu -n 4 -o faulthandler_timeout=60 $(PYTEST_ARGS) || status=$$?; \
-	timeout 150 $(GPU_PYTHON) -m gna_jax verify || status=$$?; \
+	SECONDS=$$(($$(date +%s) - $(GPU_STARTED))); status=0; implementations=mosaic; mkdir -p build; \
+	if timeout $(GPU_BUILD_SECONDS) $(GPU_PYTHON) -m gna_jax build-cuda && $(LOADS_CUDA_LIBRARY); then \
+	  implementations=mosaic,cutlass; \
+	else \
+	  echo "without cutlass: no CUDA library, and none could be built in $(GPU_BUILD_SECONDS) s; going on with mosaic"; \
+	fi; \
+	part=$$(((60 * $(GPU_MINUTES) - SECONDS) / 3)); workers=$$(($$(nproc) < 8 ? 4 : 8)); \
+	GNA_JAX_TEST_IMPLEMENTATIONS=$$implementations timeout $$part \
+	  $(GPU_PYTHON) -m pytest -m gpu -n $$workers -o faulthandler_timeout=60 $(PYTEST_ARGS) || status=$$?; \
+	timeout $$part $(GPU_PYTHON) -m gna_jax selfcheck --out build/selfcheck.md \
+	  --minutes $$(awk "BEGIN {print ($$part - 15) / 60}") || status=$$?; \
 	left=$$((60 * $(GPU_MINUTES) - 30 - SECONDS)); \
-	timeout $$((left + 25)) $(GPU_PYTHON) benchmarks/attention.py --suite published \
+	timeout $$((left + 25)) $(GPU_PYTHON) benchmarks/attention.py --suite published --implementations $$implementations \
 	  --minutes $$(awk "BEGIN {print $$left / 60}") $(if $(TORCH_PYTHON),--torch-python $(TORCH_PYTHON)) $(BENCH_ARGS) || status=$$?; \
 	echo "make gpu: $$SECONDS s, status $$status"; \
 	exit $$status
+
+LOADS_CUDA_LIBRARY = $(GPU_PYTHON) -c 'from cuda_ffi import library; library.load()'
+
+# A machine with a GPU may have no compiler and no network: what this leaves in the package's folder is ignored by git, and is where
+# `GNA_JAX_CUDA=1 pip install .` puts it, by which it is made.
+gpu-library: setup ## the CUDA library, built into cuda_ffi/: to be carried to a machine with a GPU
+	@rm -rf build/cuda-wheel
+	@GNA_JAX_CUDA=1 $(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/cuda-wheel .
+	@$(VENV)/bin/python -m zipfile -e build/cuda-wheel/*.whl build/cuda-wheel/content
+	@install -m 755 build/cuda-wheel/content/cuda_ffi/libgna_jax_cuda.so cuda_ffi/
+	@$(VENV)/bin/python -c 'from cuda_ffi import library; print(library.load().path)'
 
 demo: ## train on 5,000 real digits (about two minutes), pictures in demo/, gna against dense attention
 	@.ci/setup $(VENV) examples $(JAX)

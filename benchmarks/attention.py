@@ -9,7 +9,6 @@ before it is timed; a wrong one of gna's ends the run with exit status 1. Result
 
 import dataclasses
 import datetime
-import importlib.metadata
 import math
 import os
 import re
@@ -34,11 +33,14 @@ from published.torch_process import TorchFlex
 from rich.console import Console
 from rich.table import Table
 
+from gna_jax.backends import RUNGS
 from gna_jax.device import DeviceSpec, resolve_device
+from gna_jax.selfcheck.machine import gpu_state, installed
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("dense", "flex", "tokamax")
 STATE = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+VERSIONS = {"python": sys.version.split()[0]}
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "tokamax")
 
 
@@ -55,7 +57,9 @@ def main(
     suite: Annotated[str, typer.Option(help=f"of {', '.join(SUITES)}")] = "published",
     direction: Annotated[str, typer.Option(help="forward, backward or both")] = "both",
     cases: Annotated[str, typer.Option(help="names joined by commas [default: all]")] = "",
-    implementations: Annotated[str, typer.Option(help="of gna, joined by commas")] = "mosaic",
+    implementations: Annotated[
+        str, typer.Option(help="of gna, joined by commas")
+    ] = "mosaic,cutlass",
     peers: Annotated[str, typer.Option(help="joined by commas, or none")] = ",".join(PEERS),
     rounds: Annotated[int, typer.Option(min=1, help="repetitions of every contestant")] = 9,
     minutes: Annotated[float, typer.Option(help="for all of it")] = 8.0,
@@ -74,7 +78,8 @@ def main(
     flex = TorchFlex(torch_python, "cuda" if jax.default_backend() == "gpu" else "cpu")
     wanted = () if peers == "none" else names("peers", peers, PEERS)
     others = {"dense": CudnnDense(), "flex": flex, "tokamax": Tokamax()}
-    contestants = [Gna(name) for name in implementations.split(",")]
+    known = [rung.name for rung in RUNGS if rung.module is not None]
+    contestants = [Gna(name) for name in names("implementations", implementations, known)]
     contestants += [others[peer] for peer in wanted]
     device = resolve_device(None)
     found = Found()
@@ -86,8 +91,8 @@ def main(
             date=datetime.date.today().isoformat(),
             command=shlex.join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
             device=device.kind,
-            driver=report.gpu_state("driver_version") or "unknown",
-            versions=versions() | flex.versions,
+            driver=gpu_state("driver_version") or "unknown",
+            versions=VERSIONS | installed(PACKAGES) | flex.versions,
             empty_call_seconds=empty,
             clocks=found.clocks,
             not_reached=tuple(found.not_reached),
@@ -142,7 +147,7 @@ def attend(
     with console.status(name) as status:
         update = lambda text: status.update(f"{name}: {text}, {budget.left:.0f} s left")
         results = measure(case, direction, contestants, rounds, budget, update)
-    found.clocks[name] = report.gpu_state(STATE) or "not told"
+    found.clocks[name] = gpu_state(STATE) or "not told"
     rows = report.rows_of(case, results, facts(case, direction, contestants, device))
     found.rows += rows
     found.not_reached += [
@@ -183,17 +188,6 @@ def names(option: str, text: str, known: Sequence[str] | dict) -> tuple[str, ...
     if unknown:
         raise typer.BadParameter(f"--{option}: got {unknown}; choose from {', '.join(known)}")
     return tuple(name for name in known if not asked or name in asked)
-
-
-def versions() -> dict[str, str]:
-    """Of Python, and of the packages that are there."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def gna(
       device: device to choose for: a name, a `DeviceSpec`, or None for the default device.
 
     Returns:
-      `out [B, *space, N, V]` in the query's dtype, or `(out, lse)`.
+      `out [B, *space, N, V]` in the query's dtype, bfloat16 for float8_e4m3fn (which has no gradients), or `(out, lse)`.
 
     Raises:
       ValueError: shapes, heads, dtypes or geometry that are never legal.

@@ -192,7 +192,7 @@ def _call(problem: Problem) -> dict[str, Any]:
         "heads": problem.query_heads,
         "kv_heads": problem.kv_heads,
         "head_dim": (problem.head_dim + problem.value_dim + 1) // 2,
-        "dtype": problem.dtype.name,
+        "dtype": problem.out_dtype.name,
         "device": problem.device,
     }
 

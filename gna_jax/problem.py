@@ -19,6 +19,8 @@ from gna_jax.neighborhood import Neighborhood
 from gna_jax.tiling import Tiles
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+FLOAT8 = "float8_e4m3fn"
+"""A dtype of operands for the forward alone; out is bfloat16."""
 
 
 class Operands(NamedTuple):
@@ -79,6 +81,16 @@ class Problem:
     def accumulator(self) -> np.dtype:
         """Dtype of scores, softmax, sums and lse: float32, or float64 for float64 inputs."""
         return np.dtype("float64" if self.dtype == np.float64 else "float32")
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the operands are float8: then the call has no gradients."""
+        return self.dtype.name == FLOAT8
+
+    @property
+    def out_dtype(self) -> np.dtype:
+        """Dtype of out: the operands', or bfloat16 for float8, whose 4 bits would round out away."""
+        return np.dtype(jnp.bfloat16) if self.is_float8 else self.dtype
 
     @property
     def window_extent(self) -> tuple[int, ...]:
@@ -160,6 +172,24 @@ def describe(
     return problem
 
 
+def without_float8(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
+    """A call in float8 as the same in bfloat16, which holds every value of float8; any other call as it is."""
+    if not problem.is_float8:
+        return problem, operands
+    wide = problem.out_dtype
+    cast = [x.astype(wide) if x is not None and x.dtype == problem.dtype else x for x in operands]
+    return dataclasses.replace(problem, dtype=wide), Operands(*cast)
+
+
+def check_gradients(problem: Problem) -> None:
+    """Raise NotImplementedError for a call without gradients."""
+    if problem.is_float8:
+        raise NotImplementedError(
+            f"gradients need query, key and value of more than 8 bits; got {problem.dtype.name}:"
+            " differentiate the call in bfloat16, e.g. with query.astype(jnp.bfloat16)"
+        )
+
+
 def check_rank(query: Any) -> int:
     """Number of spatial axes of `query`, 1 to 3. Raises ValueError for any other."""
     rank = query.ndim - 3
@@ -174,10 +204,10 @@ def check_rank(query: Any) -> int:
 
 def _check_dtypes(operands: Operands) -> None:
     query = operands.query
-    if jnp.dtype(query.dtype).name not in DTYPES:
+    if jnp.dtype(query.dtype).name not in (*DTYPES, FLOAT8):
         raise ValueError(
             f"query, key and value must be one of {', '.join(DTYPES)}; got query of {query.dtype};"
-            " cast them, e.g. query.astype(jnp.bfloat16)"
+            f" cast them, e.g. query.astype(jnp.bfloat16); {FLOAT8} is taken too, without gradients"
         )
     names = ("key", "value", "additional_keys", "additional_values")
     for name in names:

@@ -1,8 +1,8 @@
 """Whether a kernel gives right results on this machine: fixed calls against float32 attention of a sample of their queries.
 
-`verify` runs the calls; `gna-jax verify` prints its answer and, where all is right, writes the stamp that lets the default take
-the kernel (`gna_jax.backends.verified`). The float32 side, `sampled_attention`, is dense over all keys and shares nothing with the
-backends but the window rule; `benchmarks/attention.py` and the tests on a GPU compare with it too.
+`gna-jax verify` runs the calls for one kernel, `gna-jax selfcheck` for all, each in a process of its own; where all are right both write
+the stamp that lets the default take the kernel (`gna_jax.backends.verified`). The float32 side, `sampled_attention`, is dense over all
+keys and shares nothing with the backends but the window rule; `benchmarks/attention.py` and the tests on a GPU compare with it too.
 """
 
 import dataclasses
@@ -18,9 +18,12 @@ from jaxtyping import Array, Float
 from gna_jax.attention import gna
 from gna_jax.device import DeviceSpec, resolve_device
 from gna_jax.neighborhood import Neighborhood, by
+from gna_jax.problem import FLOAT8
 
 TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2.5e-3}
 """Largest error of out and gradients, as a share of the array's largest entry: weights are rounded to 8 or 11 bits before a product."""
+FLOAT8_TOLERANCE = 6e-2
+"""The same of out where operands, and with them the weights, are float8, of 4 bits: twice what rounding them does."""
 LSE_TOLERANCE = 2e-5
 """The same of lse: float32 sums of exact products. A single key too many among ten thousand shows."""
 
@@ -55,6 +58,11 @@ class Trial:
     is_small: bool = False
 
     @property
+    def has_gradients(self) -> bool:
+        """Whether the call can be differentiated: not in float8."""
+        return self.dtype != FLOAT8
+
+    @property
     def neighborhood(self) -> Neighborhood:
         """The rule of every axis."""
         return Neighborhood.of(
@@ -79,8 +87,8 @@ class Trial:
         more = f", {self.num_additional} more keys" if self.num_additional else ""
         return f"{text}, {heads} heads x {dims}{more}"
 
-    def operands(self, seed: int) -> dict[str, Any]:
-        """Standard normal arrays by `gna`'s names, on the default device, and the additional lengths."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of `gna`'s arrays by name, the additional lengths apart."""
         tokens, more = (self.batch, *self.layout), (self.batch, self.num_additional)
         shapes = {
             "query": (*tokens, self.heads, self.head_dim),
@@ -90,9 +98,15 @@ class Trial:
         if self.num_additional:
             shapes["additional_keys"] = (*more, self.kv_heads, self.head_dim)
             shapes["additional_values"] = (*more, self.kv_heads, self.value_dim)
+        return shapes
+
+    def operands(self, seed: int) -> dict[str, Any]:
+        """Standard normal arrays by `gna`'s names, on the default device, and the additional lengths."""
+        shapes = self.shapes()
         keys = jax.random.split(jax.random.key(seed), len(shapes))
+        drawn = self.dtype if self.has_gradients else jnp.float32
         arrays: dict[str, Any] = {
-            name: jax.random.normal(key, shape, self.dtype)
+            name: jax.random.normal(key, shape, drawn).astype(self.dtype)
             for key, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
         if self.additional_lengths is not None:
@@ -119,6 +133,13 @@ TRIALS = (
 )  # fmt: skip
 """What a kernel must get right: every rank, 16-bit dtype, head dim and option. The small ones first."""
 
+FLOAT8_TRIALS = (
+    Trial((3000,), 300, dilation=2, heads=4, batch=2, dtype=FLOAT8),
+    Trial((61, 83), (9, 7), (2, 3), is_causal=(True, False), dtype=FLOAT8),
+    Trial((10, 24, 40), (6, 8, 8), (2, 8, 8), head_dim=128, value_dim=128, dtype=FLOAT8),
+)
+"""And where it takes float8, forward alone."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -144,7 +165,9 @@ class Outcome:
 
 def tolerance(name: str, dtype: str) -> float:
     """Largest error of an array of a trial."""
-    return LSE_TOLERANCE if name == "lse" else TOLERANCE[dtype]
+    if name == "lse":
+        return LSE_TOLERANCE
+    return FLOAT8_TOLERANCE if dtype == FLOAT8 else TOLERANCE[dtype]
 
 
 def verify(
@@ -172,22 +195,29 @@ def verify(
     return tuple(outcomes)
 
 
+def one_line(error: BaseException) -> str:
+    """An error as a report has it."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def attempt(trial: Trial, implementation: str, seed: int) -> Outcome:
     """One trial: two runs, compared with each other and with float32."""
     operands = trial.operands(seed)
     sample = sample_tokens(trial.layout, SAMPLE, seed)
     cotangents = sampled_cotangents(operands, trial.value_dim, sample, seed)
     static = {name: operands.pop(name) for name in ("additional_lengths",) if name in operands}
+    rule = dataclasses.asdict(trial.neighborhood)
 
     @jax.jit
     def run(operands: Any, cotangents: Any) -> Any:
         def call(operands: Any) -> Any:
-            rule = dataclasses.asdict(trial.neighborhood)
             arrays = operands | static
             return gna(**arrays, **rule, return_lse=True, implementation=implementation)
 
-        outputs, pull_back = jax.vjp(call, operands)
-        return outputs, pull_back(cotangents)[0]
+        if trial.has_gradients:
+            outputs, pull_back = jax.vjp(call, operands)
+            return outputs, pull_back(cotangents)[0]
+        return call(operands), {}
 
     try:
         (out, lse), gradients = first = run(operands, cotangents)
@@ -195,13 +225,14 @@ def attempt(trial: Trial, implementation: str, seed: int) -> Outcome:
     except NotImplementedError:
         raise
     except Exception as error:  # whatever ends a kernel is the answer, and belongs into the report
-        return Outcome(trial, {}, failure=" ".join(f"{type(error).__name__}: {error}".split()))
+        return Outcome(trial, {}, failure=one_line(error))
     want = sampled_attention(operands | static, cotangents, trial.neighborhood, sample)
     space = math.prod(trial.layout)
     rows = lambda x: x.reshape(x.shape[0], space, *x.shape[1 + len(trial.layout) :])[:, sample]
     got = {"out": rows(out), "lse": rows(lse)}
     got |= {f"d {name}": gradient for name, gradient in gradients.items()}
-    got["d query"] = rows(gradients["query"])
+    if trial.has_gradients:
+        got["d query"] = rows(gradients["query"])
     return Outcome(
         trial,
         {name: relative_error(array, want[name], name == "lse") for name, array in got.items()},
@@ -227,11 +258,11 @@ def sampled_cotangents(
     chosen[sample] = True
     where = jnp.asarray(chosen.reshape(1, *layout, 1))
     keys = jax.random.split(jax.random.key(seed + 1_000_000))
-    dout = jax.random.normal(keys[0], (*query.shape[:-1], value_dim), query.dtype)
+    wide = query.dtype if query.dtype.itemsize > 1 else jnp.bfloat16
+    dout = jax.random.normal(keys[0], (*query.shape[:-1], value_dim), wide)
     dlse = jax.random.normal(keys[1], query.shape[:-1], jnp.float32)
     where = jnp.broadcast_to(where, dlse.shape)
-    zero = jnp.zeros((), query.dtype)
-    return jnp.where(where[..., None], dout, zero), jnp.where(where, dlse, 0.0)
+    return jnp.where(where[..., None], dout, jnp.zeros((), wide)), jnp.where(where, dlse, 0.0)
 
 
 def sampled_attention(

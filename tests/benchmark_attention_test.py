@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import typer
 
+import gna_jax
 from gna_jax.device import KNOWN_DEVICES
 from gna_jax.neighborhood import WHOLE_GROUP, Neighborhood
 from gna_jax.simulator import Simulation, best_tiles
@@ -282,6 +283,47 @@ def test_a_run_on_the_cpu(tmp_path, monkeypatch):
     assert "## Forward" in text and "## Backward" in text and TINY.title in text
 
 
+def test_an_implementation_that_cannot_has_a_row_with_its_reason(tmp_path, monkeypatch):
+    """No crash, no target that it misses, and the others' times; its backward is another's."""
+    monkeypatch.setitem(contestants.GRADIENTS_OF, "xla", "reference")
+    run(tmp_path, monkeypatch, implementations="xla, cutlass", direction="both")
+    record = json.loads((tmp_path / "found.json").read_text())
+    rows = {(r["contestant"], r["direction"]): r for r in record["results"]}
+    reason = rows["gna cutlass", FORWARD]
+    assert "cutlass runs on cuda, the device is cpu" in reason["note"]
+    assert not reason["is_defect"] and not reason["seconds"]
+    assert rows["gna cutlass", BACKWARD]["note"] == "its backward is mosaic's"
+    assert rows["gna xla", BACKWARD]["note"] == "its backward is reference's"
+    assert rows["gna xla", FORWARD]["seconds"]
+    assert not [line for line in record["targets"] if "cutlass" in line]
+    text = (tmp_path / "found.md").read_text()
+    assert "| gna cutlass | implementation='cutlass' cannot run this call: cutlass runs on" in text
+
+
+def test_without_a_library_the_cutlass_row_says_how_to_build_one(tmp_path, monkeypatch):
+    """On a Hopper GPU, as far as the dispatch knows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    explain = gna_jax.explain
+    monkeypatch.setattr(gna_jax, "explain", lambda *a, **k: explain(*a, **k, device="h200"))
+    contestant = contestants.Gna("cutlass")
+    case = PUBLISHED["flux-s16"]
+    with pytest.raises(Unavailable, match="the CUDA library is not built; build it with `gna-jax"):
+        contestant.prepare(case, FORWARD, 60.0)
+
+
+def test_targets_are_told_for_each_implementation():
+    case = PUBLISHED["flux-s16"]
+    ours = [
+        result(f"gna {name}", [ms / 1e3], is_ours=True)
+        for name, ms in (("mosaic", 8.0), ("cutlass", 12.0))
+    ]
+    lines = report.verdicts(report.rows_of(case, ours, {}), PUBLISHED)
+    assert lines == [
+        "flux-s16 forward, gna mosaic: 644 useful TFLOP/s, wanted 620: met",
+        "flux-s16 forward, gna cutlass: 429 useful TFLOP/s, wanted 620: MISSED",
+    ]
+
+
 def test_without_time_every_case_is_listed_as_not_reached(tmp_path, monkeypatch):
     with pytest.raises(typer.Exit):  # nothing of gna's was timed
         run(tmp_path, monkeypatch, minutes=0.0)
@@ -302,6 +344,8 @@ def test_a_wrong_result_ends_the_run_with_status_1(tmp_path, monkeypatch):
 def test_names_are_checked(tmp_path, monkeypatch):
     with pytest.raises(typer.BadParameter, match="--cases: got \\['giant'\\]; choose from tiny"):
         run(tmp_path, monkeypatch, cases="giant")
+    with pytest.raises(typer.BadParameter, match=r"--implementations: got \['triton'\]; choose"):
+        run(tmp_path, monkeypatch, implementations="xla,triton")
     with pytest.raises(typer.BadParameter, match="--suite must be one of"):
         run(tmp_path, monkeypatch, suite="unpublished")
 

@@ -29,8 +29,9 @@ from gna_jax.neighborhood import Neighborhood
 from gna_jax.problem import Operands, describe
 
 BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
-TOLERANCE = {BFLOAT16: 5e-3, FLOAT16: 6e-4}
-"""Of out: one rounding to 8 or 11 bits; scores and sums are float32."""
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+TOLERANCE = {BFLOAT16: 5e-3, FLOAT16: 6e-4, FLOAT8: 5e-3}
+"""Of out: one rounding to 8 or 11 bits; scores and sums are float32. Out of float8 is bfloat16."""
 LSE = 1e-5
 TILES = {"h200": {1: 128, 2: (8, 16), 3: (2, 8, 8)}, "b200": {1: 256, 2: (16, 16), 3: (4, 8, 8)}}
 KEYS = {1: 128, 2: (16, 8), 3: (4, 4, 8)}
@@ -79,6 +80,9 @@ CASES = (
     # Heads that are padded, values narrower than keys; scales of one's own.
     (case_of((9, 10), (3, 3), dilation=(1, 3), head_dim=24, value_dim=17, scale=0.3), BFLOAT16, "h200"),
     (case_1d(50, 9, head_dim=64, value_dim=80, scale=0.02, batch=1), FLOAT16, "b200"),
+    # Out in another dtype than the operands.
+    (case_of((9, 20), (3, 5), stride=(1, 2), dilation=(2, 3), head_dim=64, value_dim=64, kv_heads=2), FLOAT8, "b200"),
+    (case_1d(40, -1, head_dim=100, value_dim=128, is_causal=True, batch=1, num_additional=5, lengths=(3,)), FLOAT8, "b200"),
     # Additional keys, of which samples see some.
     (case_of((8, 9), (3, 3), head_dim=64, value_dim=64, num_additional=5, lengths=(0, 3)), BFLOAT16, "h200"),
 )  # fmt: skip
@@ -90,7 +94,7 @@ def test_values(handlers, case, dtype, device):
     problem, operands = problem_of(case, dtype, device)
     out, lse = jax.jit(lambda operands: cutlass.forward(problem, operands, None))(operands)
     want = oracle(case, case.inputs(dtype), case.cotangents(dtype))
-    assert out.dtype == dtype and lse.dtype == np.float32
+    assert out.dtype == (BFLOAT16 if dtype == FLOAT8 else dtype) and lse.dtype == np.float32
     check_array(out, want.out, TOLERANCE[dtype])
     check_array(lse, want.lse, LSE)
 
@@ -268,7 +272,8 @@ ILLEGAL = [
     ((), {"layout": (8, 8), "dilation": (1, 3), "window_size": (3, 2)}, "layout (8, 8), dilation=(1, 3); pad them with zeros"),
     ((tokens(), tokens(dtype=FLOAT16)), {}, "key must have query's dtype; got query of bfloat16, key of float16"),
     ((tokens(), tokens(), tokens(dtype=np.float32)), {}, "value must have query's dtype; got query of bfloat16, value of float32"),
-    ((), {"out": shaped(2, 8, 8, 2, 64, dtype=FLOAT16)}, "out must have query's dtype; got query of bfloat16, out of float16"),
+    ((), {"out": shaped(2, 8, 8, 2, 64, dtype=FLOAT16)}, "out must have query's dtype, or bfloat16 for float8_e4m3fn; got query of bfloat16, out of float16"),
+    ((tokens(dtype=FLOAT8),), {"compute_capability": (10, 0), "q_tile": (16, 16)}, "got query of float8_e4m3fn, out of float8_e4m3fn"),
     ((), {"lse": shaped(2, 8, 8, 2)}, "lse must be float32; got lse of bfloat16"),
     ((), {"out": shaped(2, 8, 8, 2, 128)}, "out must have query's shape, and lse the same without head_dim; got query (2, 8, 8, 2, 64), out (2, 8, 8, 2, 128), lse (2, 8, 8, 2)"),
     ((), {"lse": shaped(2, 8, 8, 2, 1, dtype=np.float32)}, "out (2, 8, 8, 2, 64), lse (2, 8, 8, 2, 1)"),
@@ -286,8 +291,9 @@ def test_what_is_never_legal(handlers, arrays, options, message):
 
 
 NOT_IMPLEMENTED = [
-    ((tokens(dtype=np.float32),), {}, "the CUTLASS kernels take bfloat16 and float16; got float32: cast the operands"),
+    ((tokens(dtype=np.float32),), {}, "the CUTLASS kernels take bfloat16 and float16, on Blackwell float8_e4m3fn too; got float32 on Hopper: cast the operands"),
     ((tokens(dtype=np.int32),), {}, "got XLA's element type"),
+    ((tokens(dtype=FLOAT8),), {}, "got float8_e4m3fn on Hopper: cast the operands"),
     ((tokens(dim=32),), {}, "take head dims 64 and 128, the same for query and value; got head_dim=32, value_dim=32: pad the heads"),
     ((tokens(), tokens(), tokens(dim=128)), {}, "got head_dim=64, value_dim=128"),
     ((), {"scale": np.float32(0.0)}, "take a positive scale; got scale=0.000000: scale the query instead"),
@@ -380,6 +386,40 @@ def test_gradients_are_the_pallas_kernels(handlers):
     assert len(re.findall("custom_call @mosaic_gpu", text)) == 2
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_float8_is_what_its_values_in_float32_are(implementation):
+    """On the implementations of every platform, which the kernel's results can be compared with."""
+    case = case_of((7, 9), (3, 5), dilation=(2, 1), is_causal=(False, True), num_additional=3)
+    _, operands = problem_of(case, FLOAT8)
+    options = {"window_size": (3, 5), "dilation": (2, 1), "is_causal": (False, True)}
+    options |= {"return_lse": True, "implementation": implementation}
+
+    def run(dtype):
+        query, key, value = (jnp.asarray(x).astype(dtype) for x in operands[:3])
+        more = {
+            name: jnp.asarray(getattr(operands, name)).astype(dtype)
+            for name in ("additional_keys", "additional_values")
+        }
+        return gna(query, key, value, **more, **options)
+
+    (out, lse), (want, want_lse) = run(FLOAT8), run(jnp.float32)
+    assert out.dtype == jnp.bfloat16
+    check_array(out, want, TOLERANCE[BFLOAT16])
+    check_array(lse, want_lse, LSE)
+
+
+@pytest.mark.parametrize("implementation", ["cutlass", "xla"])
+def test_float8_has_no_gradients(handlers, implementation):
+    x = jnp.zeros((1, 16, 2, 64), FLOAT8)
+    options = {"window_size": 3, "implementation": implementation, "device": "b200"}
+    loss = lambda x: gna(x, x, x, **options).astype(jnp.float32).sum()
+    with pytest.raises(NotImplementedError, match="more than 8 bits; got float8_e4m3fn: differe"):
+        jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",))
+    # As a step of a program in bfloat16 it has none either.
+    with pytest.raises(NotImplementedError, match=r"in bfloat16, e\.g\. with query\.astype"):
+        jax.grad(lambda x: loss(x.astype(FLOAT8)))(jnp.zeros(x.shape, jnp.bfloat16))
+
+
 def test_paddings_are_named_steps(handlers):
     x = jax.ShapeDtypeStruct((1, 9, 20, 1, 48), jnp.bfloat16)
     options = {"window_size": 3, "implementation": "cutlass", "device": "h200"}
@@ -417,6 +457,7 @@ def test_the_default_takes_it_only_where_it_is_verified(handlers, monkeypatch):
 REFUSED = [
     ({"device": "a100"}, "run on compute capability 9.0 .Hopper. and 10.0 .Blackwell.; got NVIDIA A100"),
     ({"device": DeviceSpec("NVIDIA B300", "cuda", (10, 3), 160, 227 << 10, 512)}, "got NVIDIA B300: name such"),
+    ({"dtype": FLOAT8}, "kernel of NVIDIA H200 takes bfloat16 and float16, that of Blackwell float8_e4m3fn too: cast the operands"),
     ({"dtype": jnp.float32}, "takes its gradients from the Pallas kernels; .*got float32"),
     ({"scale": 0.0}, "take a positive scale; got scale=0.0: scale the query instead, or use 'mosaic'"),
     ({"dim": 160}, "take head dims up to 128; got head_dim=160, value_dim=160: use 'mosaic'"),
@@ -472,17 +513,21 @@ def dispatch(tmp_path_factory):
     path = compiled(folder, HARNESSES / "dispatch.cc", flags=(f"-I{folder}",))
     function = ctypes.CDLL(str(path)).dispatch
     function.restype = ctypes.c_char_p
-    return lambda made_for, major, minor=0, fails=False, reason=None: function(
-        made_for, major, minor, fails, reason
+    return lambda made_for, major, minor=0, fails=False, reason=None, dtype=0: function(
+        made_for, dtype, major, minor, fails, reason
     ).decode()
 
 
+@pytest.mark.parametrize("dtype", [0, 1, 2], ids=["bfloat16", "float16", "float8"])
 @pytest.mark.parametrize(("major", "kernel", "queries"), [(9, "sm90", 128), (10, "sm100", 256)])
-def test_the_device_chooses_the_kernel(dispatch, major, kernel, queries):
+def test_the_device_chooses_the_kernel(dispatch, major, kernel, queries, dtype):
     """Groups of 17 and 16 tokens; the axis that vmap added counts as batch."""
-    assert dispatch(major, major) == (
+    if (major, dtype) == (9, 2):
+        assert "got float8_e4m3fn on Hopper" in dispatch(major, major, dtype=dtype)
+        return
+    assert dispatch(major, major, dtype=dtype) == (
         f"{kernel} rank 1 length 33 window 17 stride 3 dilation 2 causal 1 tiles {queries} 128 batch 10 heads 6 3"
-        " dim 64 scale 0.500000 bfloat16 0 arrays 16 32 48 64 80 sms 132 stream 77"
+        f" dim 64 scale 0.500000 dtype {dtype} arrays 16 32 48 64 80 sms 132 stream 77"
     )
 
 

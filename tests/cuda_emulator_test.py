@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from attention_suite import Case, case_1d, case_of, check_array, oracle, random_case
@@ -29,7 +30,7 @@ def emulator(tmp_path_factory):
     return compile_emulator(tmp_path_factory)
 
 
-def forward(emulator, case: Case, arrays, parts=1):
+def forward(emulator, case: Case, arrays, parts=1, is_float8=False):
     """Out and lse of a case, from arrays in memory as kernels get them; NaN where nothing was written."""
     assert case.tiles is not None and case.tiles.kv is not None
     row = problem_row(
@@ -53,10 +54,14 @@ def forward(emulator, case: Case, arrays, parts=1):
     # One entry more, for the fault that writes past the end.
     lse = np.full(math.prod(rows) + 1, np.nan, np.float32)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    numbers = ctypes.c_float(scale), ctypes.c_int32(parts)
+    numbers = ctypes.c_float(scale), ctypes.c_int32(parts), ctypes.c_int32(is_float8)
     call(emulator.forward, np.asarray(row, np.int32), *numbers, *operands, out, lse)
     real = (slice(None), *(slice(length) for length in case.layout))
     return out[real], lse[:-1].reshape(rows)[real]
+
+
+FLOAT8_RELATIVE, FLOAT8_ABSOLUTE = 2.0**-4, 2.0**-10
+"""What rounding to float8_e4m3fn may change of a weight: half of a step of 4 bits, or half of its smallest number."""
 
 
 @functools.cache
@@ -110,6 +115,31 @@ def test_tiles_of_kernels(emulator, case):
     """Q tiles of 128 queries whole, and of 256 in two parts."""
     for q, kv in KERNEL_TILES[len(case.layout)]:
         check(emulator, with_tiles(case, q, kv), parts=math.prod(q) // 128)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[10]], ids=str)
+def test_float8(emulator, case):
+    """Operands and weights of 8 bits: out within what the weights' rounding can change, and lse as exact as in float.
+
+    A weight w in [0, 1] changes by at most w / 16 + 2 ** -10, later rescaling makes that smaller, and the sum of weights is at
+    least 1. So out changes by at most the largest value / 16, plus 2 ** -10 times the largest value for every key.
+    """
+    q, kv = KERNEL_TILES[len(case.layout)][0]
+    arrays = {
+        name: np.asarray(array.astype(ml_dtypes.float8_e4m3fn), np.float32)
+        for name, array in case.inputs(np.float32).items()
+    }
+    want = oracle(case, arrays, case.cotangents(np.float32))
+    out, lse = forward(emulator, with_tiles(case, q, kv), arrays, is_float8=True)
+    check_array(lse, want.lse, TOLERANCE, f"lse {case!r}")
+    error, largest = np.abs(out - want.out), np.abs(arrays["value"]).max()
+    keys = math.prod(
+        length if w == -1 else w for w, length in zip(case.window_size, case.layout, strict=True)
+    )
+    assert error.max() <= (FLOAT8_RELATIVE + FLOAT8_ABSOLUTE * keys) * largest
+    # On average far less; and without any rounding it would be nothing.
+    root_mean_square = np.sqrt((error**2).mean() / (want.out**2).mean())
+    assert 0.005 < root_mean_square < 0.03
 
 
 def forward_case(seed):

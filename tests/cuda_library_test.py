@@ -4,6 +4,7 @@ Libraries are small stand-ins that the host's compiler makes, and programs of th
 """
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
+import types
 
 import pytest
 from cuda_handlers import record
@@ -22,6 +25,7 @@ from cuda_ffi import build, library
 from gna_jax.cli import app
 
 ROOT = pathlib.Path(__file__).parents[1]
+CMAKE_LISTS = ROOT / "cuda_ffi" / "CMakeLists.txt"
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +234,24 @@ def test_cmake_counts_the_same(tmp_path):
     assert handle.gna_sources().decode() == library.fingerprint()
 
 
+@pytest.mark.kernel
+def test_cmake_takes_one_cutlass(tmp_path):
+    """Whoever starts it: pip, `gna-jax build-cuda`, Bazel or a person."""
+    (tmp_path / "include" / "cutlass").mkdir(parents=True)
+    folders = f"-DGNA_CUTLASS={tmp_path}", f"-DGNA_FFI_HEADERS={tmp_path}"
+    source = "-S", str(library.source_folder()), "-B", str(tmp_path / "build")
+    command = ["cmake", *source, "-DGNA_JAX_CUDA=ON", *folders]
+    for text, version in (
+        ("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 3\n#define CUTLASS_PATCH 0\n", "4.3.0"),
+        (None, "none"),
+    ):
+        file = tmp_path / "include" / "cutlass" / "version.h"
+        file.unlink() if text is None else file.write_text(text)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        said = " ".join(done.stderr.split())
+        assert done.returncode and f"for CUTLASS 4.2.0; got {version} in {tmp_path}: pip" in said
+
+
 CMAKE = """#!/bin/sh
 # Of a build: the folder is the last argument. Configuring: it says so, and succeeds.
 if [ "$1" = --build ]; then
@@ -269,8 +291,8 @@ def test_build_records_what_it_built(cache, tmp_path, toolchain):
     assert path == cache / library.LIBRARY and path.read_text() == "built\n"
     with refused("cannot be loaded"):  # the record, owner and modes are in order
         library.load()
-    assert [step[:2] for step in steps] == [(0, 0), (1, 3), (3, 3)]
-    assert steps[2][2] == "Linking CUDA shared module libgna_jax_cuda.so"
+    assert [step[:2] for step in steps] == [(0, 0), (0, 0), (1, 3), (3, 3)]
+    assert steps[3][2] == "Linking CUDA shared module libgna_jax_cuda.so"
     told = json.loads(path.with_name(library.RECORD).read_text())
     assert told["sha256"] == hashlib.sha256(b"built\n").hexdigest()
     assert told["sources"] == library.fingerprint() and told["nvcc"] == "Build cuda_13.0"
@@ -283,7 +305,7 @@ def test_build_records_what_it_built(cache, tmp_path, toolchain):
         "-DGNA_FFI_HEADERS=/",
     ):
         assert option in arguments
-    assert sorted(os.listdir(cache)) == [library.RECORD, library.LIBRARY], "nothing else is left"
+    assert sorted(os.listdir(cache)) == sorted([library.RECORD, library.LIBRARY, build.LOCK])
 
 
 def test_a_build_that_fails_shows_its_end_and_leaves_the_old_library(cache, toolchain):
@@ -293,6 +315,111 @@ def test_a_build_that_fails_shows_its_end_and_leaves_the_old_library(cache, tool
     with refused(message):
         build.build(toolchain("echo 'error: no such instruction' >&2; exit 3"))
     assert path.read_bytes() == before and library.load().path == path
+
+
+def test_an_interrupted_build_leaves_nothing(cache, toolchain):
+    """Ctrl-C: at once. Killed: what it left goes with the next build."""
+
+    def interrupt(done, steps, what):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build.build(toolchain('echo built > "$2/libgna_jax_cuda.so"'), interrupt)
+    assert os.listdir(cache) == [build.LOCK]
+    left = cache / "build-of-another-day"
+    left.mkdir()
+    (left / "sm90_forward.cu.o").write_text("half")
+    made(cache)
+    with build._alone_in(cache):
+        assert not left.exists() and library.load().path.exists()
+
+
+def test_one_build_at_a_time(cache, toolchain):
+    tools = toolchain('echo built > "$2/libgna_jax_cuda.so"')
+    with build._alone_in(cache), refused(f"another build is at work in {cache}: wait for it"):
+        build.build(tools)
+    assert build.build(tools).exists()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, toolchain):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    message = r"failed: .*Not a directory.*file/gna_jax/cuda.*, which \$XDG_CACHE_HOME can move"
+    with refused(message):
+        build.build(toolchain("true"))
+
+
+def test_a_disk_that_is_full(cache, monkeypatch, toolchain):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "libgna_jax_cuda.json")
+
+    path = made(cache)
+    monkeypatch.setattr(build, "_record", full)
+    with refused("failed: .*No space left on device: 'libgna_jax_cuda.json'; it goes to "):
+        build.build(toolchain('echo built > "$2/libgna_jax_cuda.so"'))
+    assert library.load().path == path
+
+
+def test_a_disk_that_is_nearly_full(cache, monkeypatch, toolchain):
+    """Found before minutes are spent: compilers say it in many words."""
+    free = {str(cache): build.DISK, tempfile.gettempdir(): build.DISK}
+    usage = lambda place: types.SimpleNamespace(free=free[str(place)])
+    monkeypatch.setattr(build.shutil, "disk_usage", usage)
+    tools = toolchain("true")
+    for place in free:
+        free[place] = 300 << 20
+        with refused(f"takes 512 MB of disk in {place}; got 300 MB: make room, or name other"):
+            build.build(tools)
+        free[place] = build.DISK
+    with build._alone_in(cache):
+        pass
+
+
+def test_no_build_beside_the_package_s_own(tmp_path, monkeypatch, toolchain):
+    path = made(tmp_path / "package")
+    monkeypatch.setattr(library, "source_folder", lambda: path.parent)
+    assert build.built() == path
+    with refused(f"{path} is this package's own and comes before the cache: install the pack"):
+        build.build(toolchain("true"))
+    other = made(tmp_path / "other", ffi_version=(9, 9))
+    monkeypatch.setattr(library, "source_folder", lambda: other.parent)
+    with refused("was built for XLA's FFI 9.9"):
+        build.built()
+
+
+def current(**changes):
+    """What a build records, of the library in `made`."""
+    ffi = "{}.{}".format(*library.ffi_version())
+    return {"sources": library.fingerprint(), "ffi": ffi} | changes
+
+
+def test_what_is_built_is_not_built_again(cache):
+    assert build.built() is None
+    path = made(cache)
+    file = path.with_name(library.RECORD)
+    sha = {"sha256": library.sha256(path)}
+    major, minor = library.ffi_version()
+    for usable in (current(), current(ffi=f"{major}.{minor - 1}")):
+        file.write_text(json.dumps(sha | usable))
+        assert build.built() == path
+    others = (
+        current(sources="f" * 64),
+        current(sha256="0" * 64),
+        current(ffi=f"{major}.{minor + 1}"),
+        current(ffi=f"{major + 1}.{minor}"),
+        current(ffi="new"),
+        current(ffi=None),
+        {},
+    )
+    for other in others:
+        file.write_text(json.dumps(sha | other))
+        assert build.built() is None, other
+    file.write_text("[]")
+    assert build.built() is None
+    file.write_text(json.dumps(sha | current()))
+    path.chmod(0o777)
+    assert build.built() is None, "others may have written it"
 
 
 def test_a_build_says_all_that_is_missing(monkeypatch, tmp_path):
@@ -305,7 +432,8 @@ def test_a_build_says_all_that_is_missing(monkeypatch, tmp_path):
         build.find_toolchain()
     result = CliRunner().invoke(app, ["build-cuda"], env={"CUDA_HOME": "", "PATH": str(tmp_path)})
     assert result.exit_code == 1
-    assert "gna-jax: building the CUDA library takes no GPU, but" in result.stderr
+    message = "gna-jax: building the CUDA library takes no GPU, but cmake, ninja, nvcc and CUTLASS"
+    assert message in result.stderr
 
 
 def test_a_build_takes_the_nvcc_that_is_named(monkeypatch, tmp_path):
@@ -314,13 +442,19 @@ def test_a_build_takes_the_nvcc_that_is_named(monkeypatch, tmp_path):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDACXX", "/opt/own/nvcc")
+    own = tmp_path / "own" / "nvcc"
+    monkeypatch.setenv("CUDACXX", str(own))
     spec = type("Spec", (), {"origin": str(tmp_path / "cutlass_library" / "__init__.py")})
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: spec)
     versions = {"nvidia-cutlass": build.CUTLASS}
     monkeypatch.setattr(build.importlib.metadata, "version", versions.__getitem__)
-    found = build.find_toolchain()
-    assert found.nvcc == "/opt/own/nvcc"
+    with refused(f"missing: CUDACXX={own}, which is no program: pip install"):
+        build.find_toolchain()
+    own.parent.mkdir()
+    own.write_text("#!/bin/sh\n")
+    own.chmod(0o700)
+    found = build.find_toolchain(lambda name: "/another/nvcc")
+    assert found.nvcc == str(own)
     assert found.cutlass == tmp_path / "cutlass_library" / "source"
     versions["nvidia-cutlass"] = "4.3.0.0"
     with refused("missing: nvidia-cutlass==4"):
@@ -340,10 +474,18 @@ def test_the_command_builds_and_loads(monkeypatch, tmp_path, cache):
     result = CliRunner().invoke(app, ["build-cuda"], env={"COLUMNS": "400"})
     assert result.exit_code == 0, result.output
     assert re.search(rf"built in \d+ s, 0\.0 MiB: {cache / library.LIBRARY}", result.stdout)
+    assert result.stderr.split("\n")[:2] == ["configuring", "1/2 sm90_forward.cu.o"]
+    record = cache / library.RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | current()))
+    for arguments, said in (([], "already built: "), (["--force"], "built in ")):
+        result = CliRunner().invoke(app, ["build-cuda", *arguments], env={"COLUMNS": "400"})
+        assert result.exit_code == 0 and result.stdout.startswith(said), result.output
 
 
-def test_pyproject_names_the_same_cutlass():
+def test_pyproject_names_the_same_versions():
     text = (ROOT / "pyproject.toml").read_text()
     assert text.count(f"nvidia-cutlass=={build.CUTLASS}") == 2
     oldest = re.findall(r"OLDEST_JAX := (.+)", (ROOT / "Makefile").read_text())[0]
     assert f'"jaxlib=={oldest}"' in text
+    (cmake,) = re.findall(r"cmake_minimum_required\(VERSION (.+)\)", CMAKE_LISTS.read_text())
+    assert f'cmake.version = ">={cmake}"' in text and f'"cmake>={cmake}"' in text

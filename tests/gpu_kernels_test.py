@@ -1,6 +1,7 @@
 """The kernels on a real GPU, behind `gna`: real sizes, poison, repeats, memory checks, random calls, more than 2**31 elements.
 
-`make gpu` runs it. What the interpreter cannot show is here: wgmma's waits, TMA's bounds, the memory around an array.
+`make gpu` runs it, for the implementations that $GNA_JAX_TEST_IMPLEMENTATIONS names. What the interpreter cannot show is here: wgmma's waits,
+TMA's bounds, the memory around an array, and for cutlass all that its kernels do.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from poison_test import loss_on, poisoned, tokens_first
 import gna_jax
 from gna_jax import gna
 from gna_jax.neighborhood import Neighborhood
-from gna_jax.simulator.presets import PRESETS
+from gna_jax.selfcheck.timing import published
 from gna_jax.verification import (
     LSE_TOLERANCE,
     TOLERANCE,
@@ -43,7 +44,7 @@ from gna_jax.verification import (
 
 pytestmark = pytest.mark.gpu
 
-IMPLEMENTATION = "mosaic"
+IMPLEMENTATIONS = os.environ.get("GNA_JAX_TEST_IMPLEMENTATIONS", "mosaic,cutlass").split(",")
 DTYPES = (ml_dtypes.bfloat16, np.float16)
 MEMCHECK_SECONDS = 150
 
@@ -54,6 +55,12 @@ def gpu():
     return this_gpu()
 
 
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """One that is named and cannot run fails with its reason."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def optimised(optimisation):
     """Kernels stand in programs as users compile them."""
@@ -61,18 +68,9 @@ def optimised(optimisation):
 
 
 def of_preset(name: str, rule: int) -> Trial:
-    """A preset's call."""
-    preset = PRESETS[name]
-    return Trial(
-        preset.layout,
-        **dataclasses.asdict(preset.rules[rule].neighborhood),
-        dtype=preset.dtype,
-        batch=min(preset.batch, 8),  # the reference looks at every batch entry
-        heads=preset.heads,
-        kv_heads=preset.kv_heads,
-        head_dim=preset.head_dim,
-        value_dim=preset.head_dim,
-    )
+    """A preset's call; the reference looks at every batch entry."""
+    trial = published(name, rule)
+    return dataclasses.replace(trial, batch=min(trial.batch, 8))
 
 
 REAL = (
@@ -92,9 +90,9 @@ REAL = (
 
 
 @pytest.mark.parametrize("trial", REAL, ids=str)
-def test_real_sizes_against_float32(trial):
+def test_real_sizes_against_float32(trial, implementation):
     """Out, lse and all gradients of 64 queries' loss, in float32 over all keys; the second run equal bit for bit."""
-    outcome = attempt(trial, IMPLEMENTATION, 7)
+    outcome = attempt(trial, implementation, 7)
     assert outcome.is_right, outcome
 
 
@@ -108,9 +106,9 @@ POISON = (
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", POISON, ids=str)
-def test_finite_changes_outside_a_window(case, dtype):
+def test_finite_changes_outside_a_window(case, dtype, implementation):
     """What a query gives, and the gradients of its loss alone, are bit-equal whatever finite stands outside its window."""
-    run, arrays = program(case, dtype), case.inputs(dtype)
+    run, arrays = program(case, dtype, implementation), case.inputs(dtype)
     norm = np.abs(arrays["query"].astype(np.float64)).sum(-1, keepdims=True)
     arrays |= {"query": (arrays["query"].astype(np.float64) / norm).astype(dtype)}
     rng = np.random.default_rng(case.seed)
@@ -140,13 +138,13 @@ FAR = (
 
 
 @pytest.mark.parametrize("case", FAR, ids=str)
-def test_nan_where_no_tile_may_read(case):
+def test_nan_where_no_tile_may_read(case, implementation):
     """NaN in the last quarter of the first axis, in another batch entry, under another key/value head: nothing shows."""
     case = dataclasses.replace(case, kv_heads=2, heads_per_kv=2)
     dtype = ml_dtypes.bfloat16
-    run, arrays = program(case, dtype), case.inputs(dtype)
+    run, arrays = program(case, dtype, implementation), case.inputs(dtype)
     quarter, last = case.layout[0] // 4, 3 * case.layout[0] // 4
-    assert first_unread(case, quarter) <= last
+    assert first_unread(case, quarter, implementation) <= last
     dout, dlse = case.cotangents(dtype)
     # Only the first quarter's queries of the first entry's first two heads have a loss.
     keep = np.zeros(dlse.shape, bool)
@@ -168,12 +166,12 @@ def test_nan_where_no_tile_may_read(case):
             assert np.isfinite(np.asarray(one, np.float32)[keep]).all(), f"{name}, {what}"
 
 
-def first_unread(case, queries):
+def first_unread(case, queries, implementation):
     """Position on axis 0 from which no tile reads a key for the first `queries` positions' sake."""
     tokens, kv = (case.batch, *case.layout), (case.kv_heads, case.head_dim)
     query = jax.ShapeDtypeStruct((*tokens, case.query_heads, case.head_dim), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((*tokens, *kv), jnp.bfloat16)
-    options = case.geometry | {"implementation": IMPLEMENTATION}
+    options = case.geometry | {"implementation": implementation}
     tiles = gna_jax.explain(query, key, key, **options).tiles
     dilation, rule = case.dilation[0], case.neighborhood.axes[0]
     in_group = -(-queries // dilation)
@@ -183,10 +181,11 @@ def first_unread(case, queries):
     return (end + (tiles.kv[0] if tiles.kv else 0)) * dilation
 
 
-def test_nan_shows_where_it_is_seen():
+def test_nan_shows_where_it_is_seen(implementation):
     """The poison above is real: a NaN key shows in every query that sees it."""
     case = FAR[0]
-    run, arrays = program(case, ml_dtypes.bfloat16), case.inputs(ml_dtypes.bfloat16)
+    run = program(case, ml_dtypes.bfloat16, implementation)
+    arrays = case.inputs(ml_dtypes.bfloat16)
     key = arrays["key"].copy()
     key[:, 1000] = np.nan
     out = np.asarray(
@@ -205,17 +204,9 @@ def test_nan_shows_where_it_is_seen():
     ],
     ids=str,
 )
-def test_a_hundred_runs_are_bit_equal(trial):
+def test_a_hundred_runs_are_bit_equal(trial, implementation):
     operands = trial.operands(11)
-
-    @jax.jit
-    def run(operands):
-        rule = dataclasses.asdict(trial.neighborhood)
-        call = lambda operands: gna(
-            **operands, **rule, return_lse=True, implementation=IMPLEMENTATION
-        )
-        (out, lse), pull_back = jax.vjp(call, operands)
-        return out, lse, pull_back((out, lse))[0]
+    run = jax.jit(differentiated(trial, implementation))
 
     @jax.jit
     def differ(first, second):
@@ -244,13 +235,13 @@ for trial in (trial for trial in TRIALS if trial.is_small):
 """
 
 
-def test_compute_sanitizer_finds_nothing():
+def test_compute_sanitizer_finds_nothing(implementation):
     """Out-of-bounds and misaligned accesses, every array an allocation of its own."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         pytest.skip("compute-sanitizer is not on PATH: memory accesses were not checked")
     options = ["--tool", "memcheck", "--error-exitcode", "99"]
-    command = [tool, *options, sys.executable, "-c", MEMCHECK.replace("NAME", IMPLEMENTATION)]
+    command = [tool, *options, sys.executable, "-c", MEMCHECK.replace("NAME", implementation)]
     alone = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     path = os.pathsep.join(
         [str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -270,22 +261,24 @@ def test_compute_sanitizer_finds_nothing():
 
 
 @pytest.mark.parametrize("seed", range(9000, 9014))
-def test_random_calls_against_float64(seed):
+def test_random_calls_against_float64(seed, implementation):
     """Every option that the kernels have, together, in small volumes."""
     dtype = DTYPES[seed % 2]
     case = random_case(seed)
+    if implementation == "cutlass" and case.scale is not None and case.scale <= 0:
+        case = dataclasses.replace(case, scale=0.3)  # its kernels take no other
     dims = (case.head_dim, 64, 128)[seed % 3], (case.value_dim, 64, 128)[seed % 3]
     case = dataclasses.replace(
         case, tiles=None, has_bias=False, head_dim=dims[0], value_dim=dims[1]
     )
     arrays, cotangents = case.inputs(dtype), case.cotangents(dtype)
-    got = program(case, dtype)(arrays, cotangents)
+    got = program(case, dtype, implementation)(arrays, cotangents)
     want = oracle(case, arrays, cotangents)
     check_array(got.lse, want.lse, LSE_TOLERANCE, f"lse {case!r}")
     check_close(got, want, TOLERANCE[np.dtype(dtype).name], repr(case))
 
 
-def test_more_than_two_to_the_31_elements():
+def test_more_than_two_to_the_31_elements(implementation):
     """Rows whose offset in elements needs more than 32 bits, against float32 attention of the volume's end alone."""
     tokens, heads, dim, window, tail = 140_000, 128, 128, 513, 4096
     assert tokens * heads * dim > 2**31
@@ -297,7 +290,7 @@ def test_more_than_two_to_the_31_elements():
     }
     run = jax.jit(
         lambda arrays: gna(
-            **arrays, window_size=window, return_lse=True, implementation=IMPLEMENTATION
+            **arrays, window_size=window, return_lse=True, implementation=implementation
         )
     )
     out, lse = run(big)
@@ -313,9 +306,85 @@ def test_more_than_two_to_the_31_elements():
     assert relative_error(got_lse[:, sample], want["lse"], is_lse=True) < LSE_TOLERANCE
 
 
-def program(case, dtype):
+TRANSFORMED = (
+    Trial((900,), 70, 1, 2, heads=4, kv_heads=2, batch=3),
+    Trial((20, 30), (5, 7), dtype="float16", heads=4, kv_heads=2, batch=3, head_dim=128, value_dim=128),
+    Trial((6, 14, 20), (3, 6, 8), (1, 2, 8), heads=4, kv_heads=2, batch=3, num_additional=9),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("trial", TRANSFORMED, ids=str)
+def test_mapped_axes_are_the_batch(trial, implementation):
+    """`vmap` over the batch, values and gradients, gives the bits of the batched call."""
+    operands = trial.operands(21)
+    got = jax.jit(lambda x: jax.vmap(differentiated(trial, implementation))(x))(
+        jax.tree.map(lambda array: array[:, None], operands)
+    )
+    want = jax.jit(differentiated(trial, implementation))(operands)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        same(one[:, 0], other, trial, "mapped")
+
+
+@pytest.mark.parametrize("trial", TRANSFORMED, ids=str)
+def test_many_calls_of_one_program(trial, implementation):
+    """Eight calls in a chain, enough for XLA to record them into a CUDA graph: run again and again, with other arrays, each gives
+    what its calls give one by one."""
+    call = forward_of(trial, implementation)
+
+    @jax.jit
+    def chain(operands):
+        query, results = operands["query"], []
+        for _ in range(8):
+            out, lse = call(operands | {"query": query})
+            query = out  # head and value dim are equal
+            results.append((out, lse))
+        return results
+
+    single = jax.jit(call)
+    for seed in (31, 32, 31):
+        operands = trial.operands(seed)
+        query = operands["query"]
+        for number, got in enumerate(chain(operands)):
+            want = single(operands | {"query": query})
+            query = want[0]
+            for one, other in zip(got, want, strict=True):
+                same(one, other, trial, f"call {number}")
+
+
+@pytest.mark.parametrize("trial", TRANSFORMED, ids=str)
+def test_kernels_agree_with_xla(trial, implementation):
+    """Another program for the same call; the window's rules are the same, nothing else is."""
+    operands = trial.operands(41)
+    got, want = (jax.jit(differentiated(trial, name))(operands) for name in (implementation, "xla"))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(one, other) < 2 * TOLERANCE[trial.dtype]
+
+
+def same(one, other, trial, what):
+    """Bit-equal; XLA's part of a call with additional keys is another in another program."""
+    if not trial.num_additional:
+        equal(one, other, f"{what} of {trial}")
+    assert relative_error(one, other) < TOLERANCE[trial.dtype], f"{what} of {trial}"
+
+
+def forward_of(trial, implementation):
+    rule = dataclasses.asdict(trial.neighborhood)
+    return lambda operands: gna(**operands, **rule, return_lse=True, implementation=implementation)
+
+
+def differentiated(trial, implementation):
+    """Out and lse, and the gradients with them as their own cotangents."""
+
+    def run(operands):
+        outputs, pull_back = jax.vjp(forward_of(trial, implementation), operands)
+        return outputs, pull_back(outputs)
+
+    return run
+
+
+def program(case, dtype, implementation):
     """`compiled` by the kernels."""
-    return compiled(case, dtype, implementation=IMPLEMENTATION, precision=None)
+    return compiled(case, dtype, implementation=implementation, precision=None)
 
 
 def equal(one, other, what):

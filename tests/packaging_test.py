@@ -12,6 +12,7 @@ import zipfile
 import pytest
 
 import gna_jax
+from cuda_ffi import build_backend
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("gna_jax", "pallas_kernels", "cuda_ffi")
@@ -31,7 +32,9 @@ LAYERS = (
     ("gna_jax.inspection",),
     ("gna_jax.pictures",),
     ("gna_jax.flax",),
+    ("gna_jax.models",),
     ("gna_jax",),
+    ("gna_jax.selfcheck",),
     ("gna_jax.cli",),
     ("gna_jax.__main__",),
 )
@@ -112,6 +115,34 @@ def test_the_wheel_asks_for_what_pyproject_says(wheel):
     assert re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE) == list(
         project["optional-dependencies"]
     )
+
+
+def test_pip_is_asked_for_cuda_s_compiler_only_where_it_is_missing(monkeypatch):
+    """`GNA_JAX_CUDA=1 pip install .` takes $CUDACXX, the machine's nvcc, else its wheels; without the switch, none of this."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("GNA_JAX_CUDA", raising=False)
+    plain = build_backend.get_requires_for_build_wheel()
+    assert not plain
+    monkeypatch.setenv("GNA_JAX_CUDA", "1")
+    monkeypatch.setenv("CUDACXX", "/opt/own/nvcc")
+    asked = build_backend.get_requires_for_build_wheel()
+    assert asked == build_backend.get_requires_for_build_editable()
+    assert {"jaxlib==0.11.2", "nvidia-cutlass==4.2.0.0"} <= set(asked)
+    assert not [name for name in asked if "nvcc" in name]
+    monkeypatch.delenv("CUDACXX")
+    looked = []
+    places = iter(["/usr/bin/nvcc", None, None])
+
+    def which(name, path):
+        looked.append(path)
+        return next(places)
+
+    monkeypatch.setattr(build_backend.shutil, "which", which)
+    assert build_backend.with_nvcc(asked) == asked
+    wheels = [re.split("[<>=]", name)[0] for name in build_backend.with_nvcc(asked)[len(asked) :]]
+    assert sorted(wheels) == ["nvidia-cuda-cccl", "nvidia-cuda-nvcc"]
+    assert build_backend.with_nvcc(plain) == plain
+    assert looked[0].startswith(os.environ["PATH"]) and "/usr/local/cuda/bin" in looked[0]
 
 
 def test_importing_takes_little_over_jax():
@@ -243,7 +274,7 @@ def test_every_directory_says_what_is_in_it():
 
 def test_bazel_knows_every_source_and_test():
     rules = (ROOT / "BUILD.bazel").read_text()
-    tests = [name_of(file) for file in SOURCES if file.name.endswith("_test.py")]
+    tests = [name_of(file) for file in FILES if file.name.endswith(("_test.py", "_test.cc"))]
     assert not [name for name in tests if f'"{name}"' not in rules]
     named = re.findall(r'"((?:gna_jax|pallas_kernels|cuda_ffi|tests|examples)/[^"*]+\.py)"', rules)
     assert not [name for name in named if not (ROOT / name).is_file()]

@@ -9,6 +9,7 @@ TIMELINES = {  # flops of the eight products that it shows, and flops per clock
     "hopper forward": (kernel_timelines.hopper_forward, 8 * 2 * 64 * 128 * 128, 4096),
     "hopper backward": (kernel_timelines.hopper_key_gradient, 8 * 2 * 64 * 64 * 128, 4096),
     "blackwell forward": (kernel_timelines.blackwell_forward, 8 * 2 * 128**3, 8192),
+    "cutlass on blackwell": (kernel_timelines.cutlass_blackwell_forward, 8 * 2 * 128**3, 8192),
     "blackwell backward": (kernel_timelines.blackwell_key_gradient, 8 * 2 * 128**3, 8192),
 }
 

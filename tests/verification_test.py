@@ -16,7 +16,7 @@ from gna_jax.backends import RUNGS
 from gna_jax.backends.verified import stamp_path
 from gna_jax.cli import app
 from gna_jax.device import KNOWN_DEVICES, resolve_device
-from gna_jax.problem import Operands, describe
+from gna_jax.problem import FLOAT8, Operands, describe
 from gna_jax.verification import (
     TRIALS,
     Trial,
@@ -27,6 +27,7 @@ from gna_jax.verification import (
 )
 
 SMALL = Trial((5, 7), (3, 4), (2, 1), heads=4, kv_heads=2, head_dim=16, value_dim=8)
+SMALL_FLOAT8 = dataclasses.replace(SMALL, dtype=FLOAT8)
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,7 @@ def on_a_gpu(monkeypatch):
     """The command believes that this is an H200, and tries one small call."""
     monkeypatch.setattr(verification, "this_gpu", lambda: KNOWN_DEVICES["h200"])
     monkeypatch.setattr(verification, "TRIALS", (SMALL,))
+    monkeypatch.setattr(verification, "FLOAT8_TRIALS", (SMALL_FLOAT8,))
     return stamp_path("xla", KNOWN_DEVICES["h200"])
 
 
@@ -93,6 +95,21 @@ def test_a_right_implementation_is_right_and_a_wrong_one_is_not(monkeypatch):
     assert wrong.errors["lse"] > 100 * verification.LSE_TOLERANCE
 
 
+def test_float8_is_compared_forward_alone():
+    """What rounding the weights to its 4 bits changes is within the tolerance; a key too many is not, by lse."""
+    outcome = attempt(SMALL_FLOAT8, "xla", 5)
+    assert outcome.is_right and outcome.errors.keys() == {"out", "lse"}
+    rng = np.random.default_rng(0)
+    scores, values = rng.standard_normal((2, 64, 300)), rng.standard_normal((2, 300, 64))
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    rounded = weights.astype(jnp.float8_e4m3fn).astype(np.float64)
+    out, got = (w @ values / weights.sum(-1, keepdims=True) for w in (weights, rounded))
+    error = np.abs(got - out).max() / np.abs(out).max()
+    assert 0.2 < error / verification.FLOAT8_TOLERANCE < 0.7
+    assert verification.tolerance("out", FLOAT8) == verification.FLOAT8_TOLERANCE
+    assert verification.tolerance("lse", FLOAT8) == verification.LSE_TOLERANCE
+
+
 def test_nan_and_a_result_that_changes_are_wrong():
     right = attempt(SMALL, "xla", 4)
     assert not dataclasses.replace(right, is_repeatable=False).is_right
@@ -130,8 +147,10 @@ def test_success_writes_the_stamp(on_a_gpu):
     )
     stamp = json.loads(on_a_gpu.read_text())
     assert stamp["versions"]["jax"] == jax.__version__
-    (errors,) = stamp["errors"].values()
-    assert errors["out"] < verification.TOLERANCE["bfloat16"]
+    errors = stamp["errors"]
+    assert errors[f"bfloat16 {SMALL}"]["out"] < verification.TOLERANCE["bfloat16"]
+    # The xla backend takes float8 as well, forward alone.
+    assert errors[f"{FLOAT8} {SMALL}"].keys() == {"out", "lse"}
 
 
 def test_failure_ends_with_code_1_and_writes_nothing(on_a_gpu, monkeypatch):
@@ -139,7 +158,7 @@ def test_failure_ends_with_code_1_and_writes_nothing(on_a_gpu, monkeypatch):
     monkeypatch.setattr(verification, "gna", zeros)
     code, out, error = run("--implementation", "xla")
     assert code == 1 and not on_a_gpu.exists()
-    assert "xla is wrong in 1 of 1 calls" in error and "Please report the table above" in error
+    assert "xla is wrong in 2 of 2 calls" in error and "Please report the table above" in error
     assert jax.__version__ in error and str(SMALL) in error and str(SMALL) in out
 
 

@@ -30,6 +30,9 @@ SAMPLED_QUERIES = 16
 SAMPLED_ENTRIES = 2
 """Batch entries that are compared."""
 
+GRADIENTS_OF = {"cutlass": "mosaic"}
+"""Implementations whose backward is another one's."""
+
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -61,6 +64,12 @@ class Gna:
 
     def prepare(self, case: Case, direction: str, seconds_left: float) -> Queued:
         """As `rounds.Contestant`."""
+        if direction != FORWARD and self.implementation in GRADIENTS_OF:
+            raise Unavailable(f"its backward is {GRADIENTS_OF[self.implementation]}'s")
+        try:
+            case.explain(self.implementation)
+        except NotImplementedError as reason:  # no library, another generation: told in its row
+            raise Unavailable(str(reason)) from reason
         rule = dataclasses.asdict(case.neighborhood)
 
         def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

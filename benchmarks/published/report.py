@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -243,13 +242,3 @@ def _milliseconds(seconds: float) -> str:
 
 def _number(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
-
-
-def gpu_state(query: str) -> str:
-    """What `nvidia-smi` says of the first GPU, e.g. of `clocks.sm,power.draw`; empty where it does not run."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
-    try:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return finished.stdout.strip() if finished.returncode == 0 else ""

@@ -23,14 +23,16 @@ namespace gna {
 namespace ffi = xla::ffi;
 using Sizes = ffi::Span<const int64_t>;
 
-// A GPU generation that has a kernel: CUDA's compute capability, and the queries of a tile.
+// A GPU generation that has a kernel: CUDA's compute capability, the queries of a tile, and whether
+// operands may be float8_e4m3fn.
 struct Generation {
   const char* name;
   int64_t major, minor;
   int64_t q_tile_tokens;
+  bool takes_float8;
 };
-constexpr Generation kHopper{"Hopper", 9, 0, 128};
-constexpr Generation kBlackwell{"Blackwell", 10, 0, 256};
+constexpr Generation kHopper{"Hopper", 9, 0, 128, false};
+constexpr Generation kBlackwell{"Blackwell", 10, 0, 256, true};
 // Keys of a KV tile: the columns of one product of scores.
 constexpr int64_t kKvTileTokens = 128;
 // Tokens of an axis: two positions add up in 32 bits.
@@ -48,8 +50,9 @@ struct Attributes {
   float scale;
 };
 
-// Query, out [.., B, *space, N, H] and key, value [.., B, *space, K, H] in one 16-bit dtype; lse
-// [.., B, *space, N] float32. Axes before the batch are what `jax.vmap` adds; they count as batch.
+// Query, out [.., B, *space, N, H] and key, value [.., B, *space, K, H] in one 16-bit dtype, or
+// operands in float8_e4m3fn and out in bfloat16; lse [.., B, *space, N] float32. Axes before the
+// batch are what `jax.vmap` adds; they count as batch.
 struct Arrays {
   ffi::AnyBuffer query, key, value, out, lse;
 };
@@ -70,6 +73,8 @@ inline std::string name_of(ffi::DataType dtype) {
       return "bfloat16";
     case ffi::DataType::F16:
       return "float16";
+    case ffi::DataType::F8E4M3FN:
+      return "float8_e4m3fn";
     case ffi::DataType::F32:
       return "float32";
     case ffi::DataType::F64:
@@ -221,23 +226,35 @@ inline ffi::Error check_neighborhood(const Call& call) {
   return ffi::Error::Success();
 }
 
+// Of out, for operands of a dtype. As `Problem.out_dtype`.
+inline ffi::DataType out_dtype(ffi::DataType operands) {
+  return operands == ffi::DataType::F8E4M3FN ? ffi::DataType::BF16 : operands;
+}
+
 inline ffi::Error check_dtypes(const Call& call) {
   const Arrays& arrays = call.arrays;
   const ffi::DataType dtype = arrays.query.element_type();
-  if (dtype != ffi::DataType::BF16 && dtype != ffi::DataType::F16) {
-    return not_implemented("the CUTLASS kernels take bfloat16 and float16; got " + name_of(dtype) +
-                           ": cast the operands, or use 'xla'");
+  const bool is_float8 = dtype == ffi::DataType::F8E4M3FN;
+  if (is_float8 ? !call.generation()->takes_float8
+                : dtype != ffi::DataType::BF16 && dtype != ffi::DataType::F16) {
+    return not_implemented(
+        "the CUTLASS kernels take bfloat16 and float16, on Blackwell float8_e4m3fn too; got " +
+        name_of(dtype) + " on " + call.generation()->name + ": cast the operands, or use 'xla'");
   }
   const struct {
     const char* name;
     ffi::AnyBuffer array;
-  } others[] = {{"key", arrays.key}, {"value", arrays.value}, {"out", arrays.out}};
+  } others[] = {{"key", arrays.key}, {"value", arrays.value}};
   for (const auto& other : others) {
     if (other.array.element_type() != dtype) {
       return never_legal(std::string(other.name) + " must have query's dtype; got query of " +
                          name_of(dtype) + ", " + other.name + " of " +
                          name_of(other.array.element_type()));
     }
+  }
+  if (arrays.out.element_type() != out_dtype(dtype)) {
+    return never_legal("out must have query's dtype, or bfloat16 for float8_e4m3fn; got query of " +
+                       name_of(dtype) + ", out of " + name_of(arrays.out.element_type()));
   }
   if (arrays.lse.element_type() != ffi::DataType::F32) {
     return never_legal("lse must be float32; got lse of " + name_of(arrays.lse.element_type()));

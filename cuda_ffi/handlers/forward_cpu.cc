@@ -37,6 +37,18 @@ struct Float16 {
   static Float16 of(float value) { return {static_cast<_Float16>(value)}; }
 };
 
+// float8_e4m3fn: 4 bits of exponent, 3 of mantissa; no infinity, and one NaN per sign.
+struct Float8 {
+  uint8_t bits;
+  explicit operator float() const {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    if (exponent == 15 && mantissa == 7) return std::numeric_limits<float>::quiet_NaN();
+    const float size = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                     : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+    return bits >> 7 ? -size : size;
+  }
+};
+
 // Positions on an axis that the query at `position` sees.
 std::vector<int64_t> seen(const Axis& axis, int64_t position) {
   const int residue = static_cast<int>(position % axis.dilation);
@@ -73,11 +85,11 @@ std::vector<int64_t> seen_tokens(const Problem& problem, const PerAxis& position
   return all;
 }
 
-template <typename Number>
+template <typename Number, typename Out>
 struct Forward {
   const Problem& problem;
   const Number *query, *key, *value;
-  Number* out;
+  Out* out;
   float* lse;
 
   void run() const {
@@ -113,19 +125,22 @@ struct Forward {
       total += weight;
       for (int j = 0; j < dim; ++j) sum[j] += weight * static_cast<float>(columns[j]);
     }
-    for (int i = 0; i < dim; ++i) out[row * dim + i] = Number::of(sum[i] / total);
+    for (int i = 0; i < dim; ++i) out[row * dim + i] = Out::of(sum[i] / total);
     lse[row] = keys.empty() ? std::numeric_limits<float>::quiet_NaN() : peak + std::log(total);
   }
 };
 
-template <typename Number>
+template <typename Number, typename Out = Number>
 void run(const Problem& problem, const Arrays& arrays) {
-  const auto of = [](const ffi::AnyBuffer& array) {
-    return static_cast<Number*>(array.untyped_data());
+  const auto operand = [](const ffi::AnyBuffer& array) {
+    return static_cast<const Number*>(array.untyped_data());
   };
-  Forward<Number>{problem,        of(arrays.query),
-                  of(arrays.key), of(arrays.value),
-                  of(arrays.out), static_cast<float*>(arrays.lse.untyped_data())}
+  Forward<Number, Out>{problem,
+                       operand(arrays.query),
+                       operand(arrays.key),
+                       operand(arrays.value),
+                       static_cast<Out*>(arrays.out.untyped_data()),
+                       static_cast<float*>(arrays.lse.untyped_data())}
       .run();
 }
 
@@ -135,10 +150,15 @@ ffi::Error forward(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer valu
   Problem problem;
   const Arrays arrays{query, key, value, *out, *lse};
   if (ffi::Error error = decode(attributes, arrays, problem); error.failure()) return error;
-  if (query.element_type() == ffi::DataType::BF16) {
-    run<BFloat16>(problem, arrays);
-  } else {
-    run<Float16>(problem, arrays);
+  switch (query.element_type()) {
+    case ffi::DataType::BF16:
+      run<BFloat16>(problem, arrays);
+      break;
+    case ffi::DataType::F16:
+      run<Float16>(problem, arrays);
+      break;
+    default:
+      run<Float8, BFloat16>(problem, arrays);
   }
   return ffi::Error::Success();
 }

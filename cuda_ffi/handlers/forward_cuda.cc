@@ -35,6 +35,18 @@ cudaError_t query_device(Device& device) {
   return error;
 }
 
+// Of a call's operands, which `decode` has checked.
+Dtype dtype_of(const ffi::AnyBuffer& query) {
+  switch (query.element_type()) {
+    case ffi::DataType::BF16:
+      return Dtype::kBFloat16;
+    case ffi::DataType::F16:
+      return Dtype::kFloat16;
+    default:
+      return Dtype::kFloat8E4M3;
+  }
+}
+
 ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
                    ffi::AnyBuffer value, ffi::Result<ffi::AnyBuffer> out,
                    ffi::Result<ffi::AnyBuffer> lse, Attributes attributes) {
@@ -53,7 +65,7 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   }
   ForwardArguments arguments{};
   arguments.problem = problem;
-  arguments.is_bfloat16 = query.element_type() == ffi::DataType::BF16;
+  arguments.dtype = dtype_of(query);
   arguments.query = query.untyped_data();
   arguments.key = key.untyped_data();
   arguments.value = value.untyped_data();

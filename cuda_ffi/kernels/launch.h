@@ -9,12 +9,14 @@
 
 namespace gna {
 
+// Of query, key and value, and of out, but out of 8-bit operands is bfloat16.
+enum class Dtype { kBFloat16, kFloat16, kFloat8E4M3 };
+
 // A call of the forward: out and lse from query, key and value, all in device memory, every array
 // as `Problem` says.
 struct ForwardArguments {
   Problem problem;
-  // bfloat16, or else float16.
-  bool is_bfloat16;
+  Dtype dtype;
   const void* query;
   const void* key;
   const void* value;

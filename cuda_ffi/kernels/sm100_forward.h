@@ -147,20 +147,22 @@ struct Mainloop : ExampleMainloop<Element, kHeadDim> {
   using PipelineO = typename Base::PipelineO;
   using PipelineE = typename Base::PipelineE;
 
-  // Operands are laid out for instructions of depth 16.
+  // Operands are laid out for instructions of this depth, 32 bytes.
+  static constexpr int kDepth = 32 / sizeof(Element);
   static constexpr auto kTokenFirst = [](int column, int token) {
-    return cute::make_coord(cute::make_coord(token, column % 16), 0, column / 16, 0);
+    return cute::make_coord(cute::make_coord(token, column % kDepth), 0, column / kDepth, 0);
   };
   static constexpr auto kColumnFirst = [](int column, int token) {
-    return cute::make_coord(cute::make_coord(column, token % 16), 0, token / 16, 0);
+    return cute::make_coord(cute::make_coord(column, token % kDepth), 0, token / kDepth, 0);
   };
-  static_assert(holds_boxes<kPartRows, kHeadDim>(typename Base::SmemLayoutQ{}, kTokenFirst));
-  static_assert(holds_boxes<kKeys, kHeadDim>(typename Base::SmemLayoutK{}, kTokenFirst));
-  static_assert(holds_boxes<kKeys, kHeadDim>(typename Base::SmemLayoutV{}, kColumnFirst));
+  static_assert(holds_boxes<Element, kPartRows, kHeadDim>(typename Base::SmemLayoutQ{},
+                                                          kTokenFirst));
+  static_assert(holds_boxes<Element, kKeys, kHeadDim>(typename Base::SmemLayoutK{}, kTokenFirst));
+  static_assert(holds_boxes<Element, kKeys, kHeadDim>(typename Base::SmemLayoutV{}, kColumnFirst));
   static constexpr auto kNextStage = cute::make_coord(cute::make_coord(0, 0), 0, 0, 1);
-  static_assert(is_dense<kPartRows, kHeadDim>(typename Base::SmemLayoutQ{}, kNextStage));
-  static_assert(is_dense<kKeys, kHeadDim>(typename Base::SmemLayoutK{}, kNextStage));
-  static_assert(is_dense<kKeys, kHeadDim>(typename Base::SmemLayoutV{}, kNextStage));
+  static_assert(is_dense<Element, kPartRows, kHeadDim>(typename Base::SmemLayoutQ{}, kNextStage));
+  static_assert(is_dense<Element, kKeys, kHeadDim>(typename Base::SmemLayoutK{}, kNextStage));
+  static_assert(is_dense<Element, kKeys, kHeadDim>(typename Base::SmemLayoutV{}, kNextStage));
 
   // The example's own tensor maps stay empty.
   struct Params : Base::Params {
@@ -185,9 +187,9 @@ struct Mainloop : ExampleMainloop<Element, kHeadDim> {
     const Job job = gna::job(problem, cute::get<0>(coord));
     const TileWalk walk = tile_walk(problem, job.tile);
     const auto load_query = [&](int part) {
-      load<kPartRows>(params.query, problem, problem.query_heads,
-                      query_place(problem, job, walk, part, kParts), query_pipeline, query_write,
-                      storage.smem_q.data());
+      load_stage<kPartRows, kHeadDim>(params.query, problem, problem.query_heads,
+                                      query_place(problem, job, walk, part, kParts), query_pipeline,
+                                      query_write, storage.smem_q.data());
     };
     const int count = num_visits(walk);
     WarpVisits visits(problem, job.tile);
@@ -195,11 +197,11 @@ struct Mainloop : ExampleMainloop<Element, kHeadDim> {
     CUTLASS_PRAGMA_NO_UNROLL
     for (int visit = 0; visit < count; ++visit) {
       const BoxPlace place = key_place(problem, job, walk, visits.start(visit));
-      load<kKeys>(params.key, problem, problem.kv_heads, place, pipeline, write,
-                  storage.smem_k.data());
+      load_stage<kKeys, kHeadDim>(params.key, problem, problem.kv_heads, place, pipeline, write,
+                                  storage.smem_k.data());
       if (visit == 0) load_query(1);
-      load<kKeys>(params.value, problem, problem.kv_heads, place, pipeline, write,
-                  storage.smem_v.data());
+      load_stage<kKeys, kHeadDim>(params.value, problem, problem.kv_heads, place, pipeline, write,
+                                  storage.smem_v.data());
     }
   }
 
@@ -257,20 +259,6 @@ struct Mainloop : ExampleMainloop<Element, kHeadDim> {
   // The example's way out of a problem without keys: there is none.
   template <class... Arguments>
   CUTLASS_DEVICE void correction_empty(Arguments&&...) {}
-
- private:
-  // Loads one box into the pipeline's next stage; the whole warp calls it.
-  template <int kTokens, class Pipeline, class State>
-  CUTLASS_DEVICE static void load(const CUtensorMap& map, const Problem& problem, int heads,
-                                  const BoxPlace& place, Pipeline& pipeline, State& write,
-                                  Element* stages) {
-    pipeline.producer_acquire(write);
-    if (cute::elect_one_sync()) {
-      load_box<kTokens, kHeadDim>(map, problem, heads, place, pipeline.producer_get_barrier(write),
-                                  stages + write.index() * (kTokens * kHeadDim));
-    }
-    ++write;
-  }
 };
 
 // Writes the parts of out as boxes.
@@ -287,13 +275,13 @@ struct Epilogue {
         cute::Step<cute::_1, cute::_2, cute::_3>{}));
     cute::array_aligned<Element, kTileRows * kHeadDim, 1024> smem_o;
   };
-  static_assert(holds_boxes<kPartRows, kHeadDim>(typename TensorStorage::SmemLayoutO{},
-                                                 [](int column, int row) {
-                                                   return cute::make_coord(row, column, 0);
-                                                 }));
+  static_assert(holds_boxes<Element, kPartRows, kHeadDim>(typename TensorStorage::SmemLayoutO{},
+                                                          [](int column, int row) {
+                                                            return cute::make_coord(row, column, 0);
+                                                          }));
 
-  static_assert(is_dense<kPartRows, kHeadDim>(typename TensorStorage::SmemLayoutO{},
-                                              cute::make_coord(0, 0, 1)));
+  static_assert(is_dense<Element, kPartRows, kHeadDim>(typename TensorStorage::SmemLayoutO{},
+                                                       cute::make_coord(0, 0, 1)));
 
   struct Arguments {};
 
@@ -342,7 +330,7 @@ struct Epilogue {
 
 template <class Element, int kHeadDim>
 using Kernel = cutlass::fmha::kernel::Sm100FmhaFwdKernelTmaWarpspecialized<
-    JobsShape, Mainloop<Element, kHeadDim>, Epilogue<Element, kHeadDim>,
+    JobsShape, Mainloop<Element, kHeadDim>, Epilogue<OutElement<Element>, kHeadDim>,
     cutlass::fmha::kernel::PersistentTileScheduler>;
 
 }  // namespace gna::sm100

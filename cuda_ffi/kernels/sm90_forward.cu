@@ -1,50 +1,17 @@
-// The forward on Hopper, host side: tensor maps and launch.
+// The forward on Hopper, host side.
 #include "sm90_forward.h"
 #include "start.h"
 
 namespace gna {
-namespace {
-
-template <class Element, int kHeadDim>
-const char* launch(const ForwardArguments& arguments) {
-  using Kernel = sm90::Kernel<Element, kHeadDim>;
-  const Problem& problem = arguments.problem;
-  if (const char* reason = refusal(arguments, sm90::kParts * sm90::kPartRows, sm90::kKeys)) {
-    return reason;
-  }
-  typename Kernel::Params params{};
-  auto& mainloop = params.mainloop;
-  auto& epilogue = params.epilogue;
-  mainloop.problem = epilogue.problem = problem;
-  mainloop.scale_softmax = problem.scale;
-  mainloop.scale_softmax_log2 = static_cast<float>(kLog2E * problem.scale);
-  // Factor of out, which the example has for dropout.
-  mainloop.rp_dropout = 1.0f;
-  epilogue.lse = arguments.lse;
-  params.tile_scheduler = schedule<cutlass::fmha::kernel::PersistentTileScheduler>(arguments);
-
-  const PerAxis part = part_shape(q_tile(problem), sm90::kParts);
-  const auto make_map = [&](CUtensorMap& map, const void* array, int heads, const PerAxis& box) {
-    return encode(map, problem, array, arguments.is_bfloat16, heads, box);
-  };
-  if (!make_map(mainloop.query, arguments.query, problem.query_heads, part) ||
-      !make_map(mainloop.key, arguments.key, problem.kv_heads, kv_tile(problem)) ||
-      !make_map(mainloop.value, arguments.value, problem.kv_heads, kv_tile(problem)) ||
-      !make_map(epilogue.out, arguments.out, problem.query_heads, part)) {
-    return kNoTensorMap;
-  }
-  return start<Kernel>(params, arguments.stream);
-}
-
-}  // namespace
 
 const char* launch_sm90_forward(const ForwardArguments& arguments) {
-  if (arguments.is_bfloat16) {
-    return arguments.problem.head_dim == 128 ? launch<cutlass::bfloat16_t, 128>(arguments)
-                                             : launch<cutlass::bfloat16_t, 64>(arguments);
-  }
-  return arguments.problem.head_dim == 128 ? launch<cutlass::half_t, 128>(arguments)
-                                           : launch<cutlass::half_t, 64>(arguments);
+  if (const char* reason = refusal(arguments, sm90::kTileRows, sm90::kKeys)) return reason;
+  return launch_instance<sm90::Kernel, cutlass::bfloat16_t, cutlass::half_t>(
+      arguments, sm90::kParts, [&](auto& params) {
+        params.epilogue.lse = arguments.lse;
+        // Factor of out, which the example has for dropout.
+        params.mainloop.rp_dropout = 1.0f;
+      });
 }
 
 }  // namespace gna

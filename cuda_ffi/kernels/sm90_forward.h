@@ -36,6 +36,7 @@ namespace gna::sm90 {
 // Two warpgroups share a Q tile, one part of 64 rows each, and take turns on the matrix unit.
 constexpr int kParts = 2;
 constexpr int kPartRows = 64;
+constexpr int kTileRows = kParts * kPartRows;
 constexpr int kKeys = 128;
 // Rows of the scores that one thread holds: numbers r and r + 8 of its warp's 16.
 constexpr int kThreadRows = 2;
@@ -120,9 +121,8 @@ using LoadsQSeparately =
 
 template <class Element, int kHeadDim>
 using ExampleMainloop = cutlass::fmha::collective::FmhaMainloopTmaWarpSpecialized<
-    Element, float, float,
-    cute::Shape<cute::Int<kParts * kPartRows>, cute::Int<kKeys>, cute::Int<kHeadDim>>, Stride,
-    Stride, Stride, ShellMask, IsPersistent, LoadsQSeparately>;
+    Element, float, float, cute::Shape<cute::Int<kTileRows>, cute::Int<kKeys>, cute::Int<kHeadDim>>,
+    Stride, Stride, Stride, ShellMask, IsPersistent, LoadsQSeparately>;
 
 // Example 88's collective with loads of boxes, and with masks.
 template <class Element, int kHeadDim>
@@ -140,13 +140,14 @@ struct Mainloop : ExampleMainloop<Element, kHeadDim> {
   static constexpr auto kColumnFirst = [](int column, int token) {
     return cute::make_coord(column, token, 0);
   };
-  static_assert(holds_boxes<kPartRows, kHeadDim>(typename Base::SmemLayoutQ{}, kTokenFirst));
-  static_assert(holds_boxes<kKeys, kHeadDim>(typename Base::SmemLayoutK{}, kTokenFirst));
-  static_assert(holds_boxes<kKeys, kHeadDim>(typename Base::SmemLayoutV{}, kColumnFirst));
+  static_assert(holds_boxes<Element, kPartRows, kHeadDim>(typename Base::SmemLayoutQ{},
+                                                          kTokenFirst));
+  static_assert(holds_boxes<Element, kKeys, kHeadDim>(typename Base::SmemLayoutK{}, kTokenFirst));
+  static_assert(holds_boxes<Element, kKeys, kHeadDim>(typename Base::SmemLayoutV{}, kColumnFirst));
   static constexpr auto kNextStage = cute::make_coord(0, 0, 1);
-  static_assert(is_dense<kPartRows, kHeadDim>(typename Base::SmemLayoutQ{}, kNextStage));
-  static_assert(is_dense<kKeys, kHeadDim>(typename Base::SmemLayoutK{}, kNextStage));
-  static_assert(is_dense<kKeys, kHeadDim>(typename Base::SmemLayoutV{}, kNextStage));
+  static_assert(is_dense<Element, kPartRows, kHeadDim>(typename Base::SmemLayoutQ{}, kNextStage));
+  static_assert(is_dense<Element, kKeys, kHeadDim>(typename Base::SmemLayoutK{}, kNextStage));
+  static_assert(is_dense<Element, kKeys, kHeadDim>(typename Base::SmemLayoutV{}, kNextStage));
 
   // The example's own tensor maps stay empty.
   struct Params : Base::Params {
@@ -176,10 +177,10 @@ struct Mainloop : ExampleMainloop<Element, kHeadDim> {
     CUTLASS_PRAGMA_NO_UNROLL
     for (int visit = 0; visit < count; ++visit) {
       const BoxPlace place = key_place(problem, job, walk, visits.start(visit));
-      load<kKeys>(params.key, problem, problem.kv_heads, place, pipeline, write,
-                  storage.smem_k.data());
-      load<kKeys>(params.value, problem, problem.kv_heads, place, pipeline, write,
-                  storage.smem_v.data());
+      load_stage<kKeys, kHeadDim>(params.key, problem, problem.kv_heads, place, pipeline, write,
+                                  storage.smem_k.data());
+      load_stage<kKeys, kHeadDim>(params.value, problem, problem.kv_heads, place, pipeline, write,
+                                  storage.smem_v.data());
     }
   }
 
@@ -193,8 +194,8 @@ struct Mainloop : ExampleMainloop<Element, kHeadDim> {
     const TileWalk walk = tile_walk(problem, job.tile);
     for (int part = 0; part < kParts; ++part) {
       const BoxPlace place = query_place(problem, job, walk, part, kParts);
-      load<kPartRows>(params.query, problem, problem.query_heads, place, pipeline, write,
-                      storage.smem_q.data());
+      load_stage<kPartRows, kHeadDim>(params.query, problem, problem.query_heads, place, pipeline,
+                                      write, storage.smem_q.data());
     }
   }
 
@@ -219,20 +220,6 @@ struct Mainloop : ExampleMainloop<Element, kHeadDim> {
     return Base::compute(coord, part_coord, params, tile, pipeline, read, query_pipeline,
                          query_read, reducer, reducer_write, storage, order);
   }
-
- private:
-  // Loads one box into the pipeline's next stage; the whole warp calls it.
-  template <int kTokens, class Pipeline, class State>
-  CUTLASS_DEVICE static void load(const CUtensorMap& map, const Problem& problem, int heads,
-                                  const BoxPlace& place, Pipeline& pipeline, State& write,
-                                  Element* stages) {
-    pipeline.producer_acquire(write);
-    if (cute::elect_one_sync()) {
-      load_box<kTokens, kHeadDim>(map, problem, heads, place, pipeline.producer_get_barrier(write),
-                                  stages + write.index() * (kTokens * kHeadDim));
-    }
-    ++write;
-  }
 };
 
 // Writes a warpgroup's part of out as a box, and lse row by row.
@@ -241,7 +228,7 @@ struct Epilogue {
   using SmemLayout = decltype(cute::tile_to_shape(
       cute::GMMA::Layout_K_SW128_Atom<Element>{},
       cute::Shape<cute::Int<kPartRows>, cute::Int<kHeadDim>>{}, cute::Step<cute::_1, cute::_2>{}));
-  static_assert(holds_boxes<kPartRows, kHeadDim>(SmemLayout{}, [](int column, int row) {
+  static_assert(holds_boxes<Element, kPartRows, kHeadDim>(SmemLayout{}, [](int column, int row) {
     return cute::make_coord(row, column);
   }));
 

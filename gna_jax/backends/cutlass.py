@@ -24,7 +24,7 @@ from gna_jax.backends.mosaic.partitioning import (
 )
 from gna_jax.backends.mosaic.tiles import counted
 from gna_jax.merge import merge_attentions
-from gna_jax.problem import Operands, Problem, Workload
+from gna_jax.problem import Operands, Problem, Workload, check_gradients, without_float8
 from gna_jax.tiling import Tiles
 
 PLATFORMS = ("cuda",)
@@ -32,6 +32,8 @@ HEAD_DIMS = (64, 128)
 Q_TILE_TOKENS = {(9, 0): 128, (10, 0): 256}
 """Queries of a tile by compute capability: Hopper, Blackwell. Machine code is for these two alone."""
 KV_TILE_TOKENS = 128
+FLOAT8_CAPABILITIES = ((10, 0),)
+"""Hopper's matrix unit takes 8-bit operands only with the summed axis innermost, which of values would be the keys'."""
 
 Outputs = tuple[jax.Array, jax.Array]
 
@@ -44,7 +46,8 @@ def supports(problem: Problem, tiles: Tiles | None) -> str | None:
     reason = _refused_call(problem)
     if reason is not None:
         return reason
-    reason = mosaic.supports(problem, tiles)
+    # A call in float8 has no gradients; what else the Pallas kernels ask for holds for it too.
+    reason = mosaic.supports(_in_16_bits(problem), tiles)
     if reason is not None:
         return f"cutlass takes its gradients from the Pallas kernels; {reason}"
     reason = None if tiles is None else _refused_tiles(problem, tiles)
@@ -70,6 +73,11 @@ def _refused_call(problem: Problem) -> str | None:
         return (
             f"the CUTLASS kernels take head dims up to {HEAD_DIMS[-1]};"
             f" got head_dim={problem.head_dim}, value_dim={problem.value_dim}: use 'mosaic', or more and narrower heads"
+        )
+    if problem.is_float8 and device.compute_capability not in FLOAT8_CAPABILITIES:
+        return (
+            f"the CUTLASS kernel of {device.kind} takes bfloat16 and float16, that of Blackwell {problem.dtype.name} too:"
+            " cast the operands, or use 'xla'"
         )
     if problem.scale <= 0:
         return (
@@ -112,7 +120,7 @@ def _forward(problem: Problem, operands: Operands, tiles: Tiles) -> Outputs:
     out, lse = call_handler(problem, operands, tiles)
     if not problem.num_additional:
         return out, lse
-    more = additional_keys.attend(problem, operands)
+    more = additional_keys.attend(*without_float8(problem, operands))
     return merge_attentions((out, more[0]), (lse, more[1]))
 
 
@@ -121,7 +129,7 @@ def call_handler(problem: Problem, operands: Operands, tiles: Tiles) -> Outputs:
     width = padded_head_dim(problem)
     query, key, value = (_stored(problem, head_dims.pad(array, width)) for array in operands[:3])
     results = (
-        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        jax.ShapeDtypeStruct(query.shape, problem.out_dtype),
         jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
     )
     rule = problem.neighborhood
@@ -162,7 +170,11 @@ def complete(problem: Problem, tiles: Tiles | None) -> Tiles:
     """All four shapes: what the caller left out is chosen by count. Measured tables are of other kernels."""
     if tiles is not None and tiles.backward_q is not None:
         return tiles
-    return counted(problem, tiles)
+    return counted(_in_16_bits(problem), tiles)
+
+
+def _in_16_bits(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, dtype=problem.out_dtype) if problem.is_float8 else problem
 
 
 def backward(
@@ -173,13 +185,14 @@ def backward(
     cotangents: Outputs,
 ) -> Operands:
     """Gradients of the floating operands, by the Pallas kernels from the saved out and lse."""
+    check_gradients(problem)
     return mosaic.backward(problem, operands, tiles, saved, cotangents)
 
 
 def workload(problem: Problem, tiles: Tiles | None) -> Workload:
     """The tiles of the kernel, the pairs that its forward computes, and the copies before it."""
     width = padded_head_dim(problem)
-    padded = dataclasses.replace(problem, head_dim=width, value_dim=width)
+    padded = dataclasses.replace(_in_16_bits(problem), head_dim=width, value_dim=width)
     # The same walk as the Pallas kernels', and the same costs as far as the model knows.
     same = mosaic.workload(padded, complete(problem, tiles))
     if {problem.head_dim, problem.value_dim} == {width}:

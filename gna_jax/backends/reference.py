@@ -13,7 +13,7 @@ from gna_jax.tiling import Tiles
 
 
 def attend(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """`out [B, *space, N, V]` in the query's dtype and `lse [B, *space, N]` of masked dense attention."""
+    """`out [B, *space, N, V]` in `problem.out_dtype` and `lse [B, *space, N]` of masked dense attention."""
     wide, precision = problem.accumulator, problem.precision
     query = operands.query.astype(wide).reshape(
         problem.batch, -1, problem.kv_heads, problem.heads_per_kv, problem.head_dim
@@ -45,7 +45,7 @@ def attend(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
     out = jnp.einsum("bkrqs,bskh->bqkrh", weights, value, precision=precision)
     rows = (problem.batch, *problem.query_layout, problem.query_heads)
     lse = lse[..., 0].transpose(0, 3, 1, 2).reshape(rows)
-    return out.reshape(*rows, problem.value_dim).astype(problem.dtype), lse
+    return out.reshape(*rows, problem.value_dim).astype(problem.out_dtype), lse
 
 
 def _mask_and_offsets(problem: Problem, operands: Operands) -> tuple[jax.Array, list[jax.Array]]:

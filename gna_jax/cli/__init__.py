@@ -14,6 +14,7 @@ from gna_jax.cli.build_cuda import build_cuda
 from gna_jax.cli.draw import draw
 from gna_jax.cli.explain import explain
 from gna_jax.cli.inspect import inspect
+from gna_jax.cli.selfcheck import selfcheck
 from gna_jax.cli.simulate import simulate
 from gna_jax.cli.tune import tune
 from gna_jax.cli.verify import verify
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(build_cuda)
 app.command(no_args_is_help=True)(explain)
 app.command(no_args_is_help=True)(inspect)
+app.command()(selfcheck)
 app.command(no_args_is_help=True)(simulate)
 app.command(no_args_is_help=True)(tune)
 app.command()(verify)

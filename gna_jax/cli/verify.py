@@ -1,8 +1,5 @@
 """`gna-jax verify`: does a GPU kernel give right results on this machine? If so, the default takes it here."""
 
-import contextlib
-import datetime
-import sys
 from typing import Annotated
 
 import jax
@@ -12,12 +9,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-import gna_jax
 from gna_jax import verification
-from gna_jax.backends.verified import write_stamp
+from gna_jax.backends import RUNGS
 from gna_jax.cli.arguments import plain_errors
 from gna_jax.device import DeviceSpec
-from gna_jax.interpreter import interpret_gpu
+from gna_jax.selfcheck.machine import interpreted, takes_float8
+from gna_jax.selfcheck.stamp import record_success, versions
 from gna_jax.verification import Outcome, Trial
 
 
@@ -34,13 +31,16 @@ def verify(
 ) -> None:
     """Compare a kernel's results and gradients with float32 attention on this machine's GPU; under two minutes.
 
-    Where all are right, a stamp is written and `gna` takes the kernel here by default. Else the exit status is 1.
+    Where all are right, a stamp is written and `gna` takes the kernel here by default. Else the exit status is 1. All kernels at
+    once, with times and a report: gna-jax selfcheck.
     """
     console = Console()
     trials = tuple(t for t in verification.TRIALS if t.is_small or interpret is None)
     with plain_errors():
-        with contextlib.nullcontext() if interpret is None else interpret_gpu(interpret):
+        with interpreted(interpret):
             device = verification.this_gpu() if interpret is None else None
+            if device is not None and _takes_float8(implementation, device):
+                trials += verification.FLOAT8_TRIALS
             outcomes = _run(implementation, trials, seed)
         where = device.kind if device is not None else f"{interpret}, interpreted"
         console.print(_table(outcomes, implementation, where))
@@ -50,24 +50,12 @@ def verify(
     if device is None:
         typer.echo(f"{say}, interpreted as {interpret}: no stamp is written")
         return
-    path = write_stamp(implementation, device, stamp(outcomes, device, seed))
+    path = record_success(implementation, device, outcomes, seed)
     typer.echo(f"{say}: gna takes it on {device.kind} by default from now on\nstamp: {path}")
 
 
-def stamp(outcomes: tuple[Outcome, ...], device: DeviceSpec, seed: int) -> dict:
-    """What was compared, where, with which versions, and the largest errors."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device.kind,
-        "versions": _versions(),
-        "seed": seed,
-        "errors": {f"{o.trial.dtype} {o.trial}": o.errors for o in outcomes},
-    }
-
-
-def _versions() -> dict[str, str]:
-    python = sys.version.split()[0]
-    return {"gna_jax": gna_jax.__version__, "jax": jax.__version__, "python": python}
+def _takes_float8(implementation: str, device: DeviceSpec) -> bool:
+    return any(r.name == implementation and takes_float8(r, device) for r in RUNGS)
 
 
 def _run(implementation: str, trials: tuple[Trial, ...], seed: int) -> tuple[Outcome, ...]:
@@ -112,10 +100,10 @@ def _error(outcome: Outcome, column: str) -> Text:
 
 def _failed(implementation: str, outcomes: tuple[Outcome, ...]) -> str:
     wrong = [outcome for outcome in outcomes if not outcome.is_right]
-    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    of = ", ".join(f"{name} {version}" for name, version in versions().items())
     first = wrong[0]
     return (
         f"{implementation} is wrong in {len(wrong)} of {len(outcomes)} calls on {jax.devices()[0].device_kind}; no stamp is"
         " written, and gna's default runs 'xla' as before. Please report the table above and this line: "
-        f"{versions}, {first.trial.dtype} {first.trial}: {first.failure[:300] or first.errors}"
+        f"{of}, {first.trial.dtype} {first.trial}: {first.failure[:300] or first.errors}"
     )

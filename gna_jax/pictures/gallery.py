@@ -37,6 +37,7 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "hopper-forward": kernel_timelines.hopper_forward,
     "hopper-backward": kernel_timelines.hopper_key_gradient,
     "blackwell-forward": kernel_timelines.blackwell_forward,
+    "cutlass-blackwell-forward": kernel_timelines.cutlass_blackwell_forward,
     "blackwell-backward": kernel_timelines.blackwell_key_gradient,
 }
 """Name of the file, without its ending, and what makes the picture."""

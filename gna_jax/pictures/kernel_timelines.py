@@ -105,6 +105,37 @@ def blackwell_forward() -> Timeline:
     )
 
 
+def cutlass_blackwell_forward() -> Timeline:
+    """One warp issues all products; two warpgroups have a softmax each, a third rescales the output of both."""
+    product = _product(128, 128, BLACKWELL.mma_16bit)
+    softmax = 128 * 128 / BLACKWELL.exponentials
+    rescaling = 128 * HEAD_DIM / 128  # its multiplications alone, 128 per clock
+    copy = 128 * HEAD_DIM * 2 / 64  # at 64 bytes per clock
+    units, workers, corrections, loads = [], ([], []), [], []
+    for visit in (1, 2):
+        start = (visit - 1) * 4 * product
+        names = (f"A: Q K ({visit})", f"B: P V ({visit - 1})")
+        names += (f"B: Q K ({visit})", f"A: P V ({visit})")
+        units += [(start + n * product, product, name, "product") for n, name in enumerate(names)]
+        for worker, scores in enumerate((start + product, start + 3 * product)):
+            workers[worker].append((scores, softmax, f"P ({visit})", "softmax"))
+            # Once the row's largest score is known.
+            corrections.append((scores + rescaling, rescaling, "AB"[worker], "rescaling"))
+        # A stage is free when both parts have multiplied with what it holds.
+        loads.append((start + 2 * product, copy, f"K ({visit + 1})", "copy"))
+        loads.append((start + 3 * product, copy, f"V ({visit + 1})", "copy"))
+    return timeline(
+        [
+            _lane("matrix warp", *units),
+            _lane("softmax A", *workers[0]),
+            _lane("softmax B", *workers[1]),
+            _lane("correction", *corrections),
+            _lane("load warp", *loads),
+        ],
+        "CUTLASS forward on Blackwell: 2 x 128 queries, KV tiles of 128 keys; (n) is the number of the visit",
+    )
+
+
 def blackwell_key_gradient() -> Timeline:
     """Two warpgroups share every tile, half of its columns each, one step behind the matrix unit."""
     product = _product(128, 128, BLACKWELL.mma_16bit)

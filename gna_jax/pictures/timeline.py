@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 KINDS = {
     "product": palette.Kind("matrix product", palette.BLUE, "█ "),
     "softmax": palette.Kind("softmax, or its derivative", palette.ORANGE, "▒ "),
+    "rescaling": palette.Kind("rescaling of the output", palette.PURPLE, "▓ "),
     "copy": palette.Kind("copy (TMA)", palette.GREEN, "░ "),
 }
 """What a span shows."""
@@ -52,6 +53,12 @@ class Timeline(Picture):
         """When the last span ends, in clocks."""
         return max(span.start + span.length for lane in self.lanes for span in lane.spans)
 
+    @property
+    def kinds(self) -> tuple[palette.Kind, ...]:
+        """The kinds of `KINDS` that occur."""
+        used = {span.kind for lane in self.lanes for span in lane.spans}
+        return tuple(kind for name, kind in KINDS.items() if name in used)
+
     def figure(self) -> "matplotlib.figure.Figure":
         """As `Picture.figure`."""
         with drawing():
@@ -73,9 +80,7 @@ class Timeline(Picture):
             ax.set(xlim=(0, self.end), ylim=(len(self.lanes) - 0.5, -0.5), xlabel="clocks")
             ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=palette.INK)
             ax.spines["left"].set_visible(False)
-            used = {span.kind for lane in self.lanes for span in lane.spans}
-            kinds = [kind for name, kind in KINDS.items() if name in used]
-            handles = [Patch(color=palette.tint(k.colour, 0.55), label=k.label) for k in kinds]
+            handles = [Patch(color=palette.tint(k.colour, 0.55), label=k.label) for k in self.kinds]
             figure.suptitle(textwrap.fill(self.title, 110), fontsize=11)
             figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
             return figure
@@ -105,7 +110,7 @@ class Timeline(Picture):
                 place = last
             text.append("\n")
         text.append(f"{'':<{edge}}0{f'{self.end:.0f} clocks':>{room - 1}}\n\n")
-        signs = (Text.assemble((k.text[0], k.style), f" {k.label}") for k in KINDS.values())
+        signs = (Text.assemble((k.text[0], k.style), f" {k.label}") for k in self.kinds)
         text.append_text(Text("   ").join(signs))
         text.append("\n")
         return text

@@ -22,10 +22,10 @@ const char* note(const char* kernel, const gna::ForwardArguments& a) {
              " " + std::to_string(axis.kv_tile) + " batch " + std::to_string(a.problem.batch) +
              " heads " + std::to_string(a.problem.query_heads) + " " +
              std::to_string(a.problem.kv_heads) + " dim " + std::to_string(a.problem.head_dim) +
-             " scale " + std::to_string(a.problem.scale) + " bfloat16 " +
-             std::to_string(a.is_bfloat16) + " arrays " + at(a.query) + " " + at(a.key) + " " +
-             at(a.value) + " " + at(a.out) + " " + at(a.lse) + " sms " + std::to_string(a.num_sms) +
-             " stream " + at(a.stream);
+             " scale " + std::to_string(a.problem.scale) + " dtype " +
+             std::to_string(static_cast<int>(a.dtype)) + " arrays " + at(a.query) + " " +
+             at(a.key) + " " + at(a.value) + " " + at(a.out) + " " + at(a.lse) + " sms " +
+             std::to_string(a.num_sms) + " stream " + at(a.stream);
   return kernel_reason;
 }
 
@@ -53,9 +53,9 @@ const char* launch_sm100_forward(const ForwardArguments& arguments) {
 
 }  // namespace gna
 
-// A call made for a generation, on a device of another or the same: what was launched, or the
-// error.
-GNA_EXPORT const char* dispatch(int made_for, int major, int minor, bool fails,
+// A call made for a generation, of a dtype (0 bfloat16, 1 float16, 2 float8_e4m3fn), on a device of
+// another or the same: what was launched, or the error.
+GNA_EXPORT const char* dispatch(int made_for, int dtype, int major, int minor, bool fails,
                                 const char* reason) {
   device_major = major;
   device_minor = minor;
@@ -65,9 +65,13 @@ GNA_EXPORT const char* dispatch(int made_for, int major, int minor, bool fails,
   int64_t query[] = {5, 2, 34, 6, 64}, key[] = {5, 2, 34, 3, 64}, layout[] = {33}, window[] = {-1};
   int64_t stride[] = {3}, dilation[] = {2}, causal[] = {1}, q_tile[] = {made_for == 9 ? 128 : 256};
   int64_t kv_tile[] = {128}, capability[] = {made_for, 0};
+  const XLA_FFI_DataType operands[] = {XLA_FFI_DataType_BF16, XLA_FFI_DataType_F16,
+                                       XLA_FFI_DataType_F8E4M3FN};
   XLA_FFI_Buffer buffers[5] = {};
   for (int i = 0; i < 5; ++i) {
-    buffers[i].dtype = i == 4 ? XLA_FFI_DataType_F32 : XLA_FFI_DataType_F16;
+    buffers[i].dtype = i == 4                 ? XLA_FFI_DataType_F32
+                       : i == 3 && dtype == 2 ? XLA_FFI_DataType_BF16
+                                              : operands[dtype];
     buffers[i].data = reinterpret_cast<void*>(uintptr_t{16} * (i + 1));
     buffers[i].rank = i == 4 ? 4 : 5;
     buffers[i].dims = i == 1 || i == 2 ? key : query;

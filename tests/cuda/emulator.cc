@@ -1,6 +1,6 @@
 // The loop of the CUDA kernels over tiles, on the host, for `cuda_emulator_test.py`: boxes from
-// memory, scores, mask, online softmax, weighted values, stores. All arithmetic is in float, and
-// nothing is asynchronous.
+// memory, scores, mask, online softmax, weighted values, stores. All arithmetic is in float, but
+// weights are rounded where the kernel's operands have 8 bits, and nothing is asynchronous.
 //
 // As in the kernels, every index comes from `include/gna`; this file adds only the faults that the
 // test plants in them, one per build with -DFAULT=..., and what a tensor copy does with its
@@ -113,10 +113,16 @@ struct Row {
 
 constexpr float kLog2E = 1.44269504f;
 
+// A weight, 0 to 1, as float8_e4m3fn: 4 bits from 2^-6 on, and below that multiples of 2^-9.
+float rounded_to_float8(float weight) {
+  const float step = std::exp2(std::fmax(std::floor(std::log2(weight)), -6.0f) - 3.0f);
+  return std::nearbyint(weight / step) * step;
+}
+
 // Adds one tile of keys and values [keys, head_dim] to a row; `bits` is null where no mask is
 // needed.
 void attend(const gna::Problem& problem, Row& row, const float* query, const float* key,
-            const float* value, int num_keys, const uint32_t* bits) {
+            const float* value, int num_keys, const uint32_t* bits, bool is_float8) {
   const int head_dim = problem.head_dim;
   const float infinity = std::numeric_limits<float>::infinity();
   std::vector<float> scores(num_keys);
@@ -136,8 +142,10 @@ void attend(const gna::Problem& problem, Row& row, const float* query, const flo
   for (float& entry : row.out) entry *= decay;
   for (int k = 0; k < num_keys; ++k) {
     const float weight = std::exp2(scores[k] - largest);
+    // The sum is of weights as they were computed.
     row.total += weight;
-    for (int h = 0; h < head_dim; ++h) row.out[h] += weight * value[k * head_dim + h];
+    const float factor = is_float8 ? rounded_to_float8(weight) : weight;
+    for (int h = 0; h < head_dim; ++h) row.out[h] += factor * value[k * head_dim + h];
   }
   row.largest = largest;
 }
@@ -148,6 +156,8 @@ struct Arrays {
   const float* value;
   float* out;
   float* lse;
+  // Whether operands are float8_e4m3fn, and so weights.
+  bool is_float8;
 };
 
 // One part of a Q tile: its rows from the first visit to the store.
@@ -182,7 +192,7 @@ void run_part(const gna::Problem& problem, const gna::Job& job, const gna::TileW
         bits[word] = faulty_word(problem, rows[r].keys, start, static_cast<int>(word));
       }
       attend(problem, rows[r], query.data() + r * head_dim, key.data(), value.data(), num_keys,
-             is_masked ? bits.data() : nullptr);
+             is_masked ? bits.data() : nullptr, arrays.is_float8);
     }
   }
   const int chunk = chunk_of(problem);
@@ -205,15 +215,16 @@ void run_part(const gna::Problem& problem, const gna::Job& job, const gna::TileW
 // The forward of query [B, *space, N, H], key, value [B, *space, K, H] in memory as `gna/boxes.h`
 // wants it. `lse` has room for one entry more than [B, *space, N]. Every Q tile is done in `parts`
 // parts, as by the warps of a kernel.
-extern "C" void forward(const int32_t* problem_row, float scale, int32_t parts, const float* query,
-                        const float* key, const float* value, float* out, float* lse) {
+extern "C" void forward(const int32_t* problem_row, float scale, int32_t parts, int32_t is_float8,
+                        const float* query, const float* key, const float* value, float* out,
+                        float* lse) {
   gna::Problem problem = problem_of(problem_row);
   problem.scale = scale;
   for (int64_t number = 0; number < gna::num_jobs(problem); ++number) {
     const gna::Job job = gna::job(problem, number);
     const gna::TileWalk walk = gna::tile_walk(problem, job.tile);
     for (int part = 0; part < parts; ++part) {
-      run_part(problem, job, walk, part, parts, {query, key, value, out, lse});
+      run_part(problem, job, walk, part, parts, {query, key, value, out, lse, is_float8 != 0});
     }
   }
 }

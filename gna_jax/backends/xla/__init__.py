@@ -12,7 +12,7 @@ import jax
 from gna_jax.backends.xla import backward as _backward
 from gna_jax.backends.xla import forward as _forward
 from gna_jax.backends.xla.tile_classes import TileClass, build_classes, slab_class
-from gna_jax.problem import Operands, Problem, Workload
+from gna_jax.problem import Operands, Problem, Workload, check_gradients, without_float8
 from gna_jax.simulator.query_box_cost import Axes, choose_tiles, predicted_time
 from gna_jax.tiling import Tiles
 
@@ -45,6 +45,7 @@ def forward(
     problem: Problem, operands: Operands, tiles: Tiles | None
 ) -> tuple[jax.Array, jax.Array]:
     """`out [B, *space, N, V]`, `lse [B, *space, N]`."""
+    problem, operands = without_float8(problem, operands)
     classes = _classes(problem, operands, query_tile(problem, tiles, backward=False))
     return _forward.forward(problem, operands, classes)
 
@@ -57,6 +58,7 @@ def backward(
     cotangents: tuple[jax.Array, jax.Array],
 ) -> Operands:
     """Gradients of the floating operands; the bias's has a leading batch axis."""
+    check_gradients(problem)
     classes = _classes(problem, operands, query_tile(problem, tiles, backward=True))
     return _backward.backward(problem, operands, classes, saved, cotangents)
 
