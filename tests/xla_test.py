@@ -40,7 +40,9 @@ def check(case: Case, dtype, tolerance: float, **options) -> None:
     check_equal(run(arrays, cotangents), got, "second run")
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(9), *(pytest.param(n, marks=pytest.mark.slow) for n in range(9, 12))]
+)
 def test_random_cases(seed):
     check(random_case(seed), np.float32, FLOAT32)
 
@@ -123,7 +125,9 @@ def test_explicit_tiles(case):
     check(case, np.float32, FLOAT32)
 
 
-@pytest.mark.parametrize("scratch_bytes", [1, 6_000, 60_000])
+@pytest.mark.parametrize(
+    "scratch_bytes", [6_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 60_000))]
+)
 def test_several_steps_and_a_ragged_last_group(scratch_bytes, monkeypatch):
     """Tiles per loop step from one to some, so that the last step of a loop repeats a tile to be full."""
     rates = dataclasses.replace(query_box_cost.CPU, scratch_bytes=scratch_bytes)

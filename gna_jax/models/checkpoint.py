@@ -234,7 +234,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
 
 def _open_pickle(path: Path) -> Checkpoint:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports] # no requirement: for PyTorch files alone
     except ImportError as error:
         raise RuntimeError(
             f"{path.suffix} files are PyTorch's, and torch is not installed;"
@@ -255,7 +255,7 @@ def _as_numpy(tensor: Any) -> np.ndarray:
     """A torch tensor's values; numpy has bfloat16 from ml_dtypes, torch does not know of it."""
     tensor = tensor.detach().contiguous()
     if str(tensor.dtype) == "torch.bfloat16":
-        import torch
+        import torch  # pyright: ignore[reportMissingImports] # no requirement: for PyTorch files alone
 
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

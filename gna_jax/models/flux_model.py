@@ -1,0 +1,219 @@
+"""FLUX.1: an image transformer of MM-DiT blocks, on neighborhood attention.
+
+Packed latents stay on their grid: `[B, y, x, C]` in and out, where others flatten them. Its weights: `flux_checkpoint`. Text
+encoders, the autoencoder and the sampler are not here.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from gna_jax.models.checkpoint import load_parameters, open_checkpoint
+from gna_jax.models.flux_checkpoint import flux_entries
+from gna_jax.models.joint import hide_padding
+from gna_jax.models.mmdit import (
+    DoubleStreamBlock,
+    ModulatedOutput,
+    SingleStreamBlock,
+    check_guidance,
+    check_rotary_dims,
+    check_width,
+    run_block,
+)
+from gna_jax.models.rotary import Rotation, axial_rotation, inverse_frequencies
+from gna_jax.models.schedule import Rule, resolve_rules
+from gna_jax.models.timestep import VectorEmbedder, sinusoidal_features
+from gna_jax.tiling import Tiles
+
+TIME_FEATURES = 256
+TIME_FACTOR = 1000.0
+"""Timesteps run from 0 to 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxConfig:
+    """Size of a FLUX.1 transformer; the defaults are FLUX.1-dev's.
+
+    Attributes:
+      in_channels, out_channels: of a packed latent, 2 x 2 pixels of 16 channels.
+      num_double, num_single: blocks of each kind; the double ones come first.
+      num_heads, head_dim: their product is the width.
+      text_features, pooled_features: of the text tokens (T5) and of the pooled text (CLIP).
+      guidance: whether the guidance scale is an input (distilled models).
+      rotary_dims: rotated features per head for (index of the image, y, x); their sum is `head_dim`.
+      theta: base of the rotary frequencies.
+      mlp_ratio: width of the MLPs over the width.
+    """
+
+    in_channels: int = 64
+    out_channels: int = 64
+    num_double: int = 19
+    num_single: int = 38
+    num_heads: int = 24
+    head_dim: int = 128
+    text_features: int = 4096
+    pooled_features: int = 768
+    guidance: bool = True
+    rotary_dims: tuple[int, int, int] = (16, 56, 56)
+    theta: float = 10000.0
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self):
+        check_rotary_dims(self.rotary_dims, self.head_dim)
+
+    @property
+    def features(self) -> int:
+        """Width of the transformer."""
+        return self.num_heads * self.head_dim
+
+
+FLUX = {"dev": FluxConfig(), "schnell": FluxConfig(guidance=False)}
+"""Published sizes by name."""
+
+
+class FluxTransformer(nnx.Module):
+    """Velocity of packed latents, given text, pooled text, time and (distilled models) guidance.
+
+    Args:
+      config: the size.
+      implementation, tiles: as in the blocks.
+      remat: recompute each block in the backward, except its attention.
+      dtype, param_dtype: of the computation (None: the common dtype of inputs and parameters) and of the parameters.
+      rngs: `params`.
+
+    To load weights without making random ones first, make the model abstract:
+    `model = nnx.eval_shape(lambda: flux("dev", param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))`.
+    """
+
+    def __init__(
+        self,
+        config: FluxConfig,
+        *,
+        implementation: str | Sequence[str] | None = None,
+        tiles: Tiles | None = None,
+        remat: bool = False,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.remat = remat
+        width = config.features
+        made: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        block = made | {"implementation": implementation, "tiles": tiles}
+        sizes = width, config.num_heads, config.head_dim, int(width * config.mlp_ratio)
+        self.image_embedder = nnx.Linear(config.in_channels, width, **made)
+        self.text_embedder = nnx.Linear(config.text_features, width, **made)
+        self.time_embedder = VectorEmbedder(TIME_FEATURES, width, **made)
+        self.pooled_embedder = VectorEmbedder(config.pooled_features, width, **made)
+        self.guidance_embedder = (
+            VectorEmbedder(TIME_FEATURES, width, **made) if config.guidance else None
+        )
+        self.double_blocks = nnx.List(
+            [DoubleStreamBlock(*sizes, **block) for _ in range(config.num_double)]
+        )
+        self.single_blocks = nnx.List(
+            [SingleStreamBlock(*sizes, **block) for _ in range(config.num_single)]
+        )
+        self.output = ModulatedOutput(width, config.out_channels, **made)
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers: double blocks, then single ones."""
+        return self.config.num_double + self.config.num_single
+
+    def __call__(
+        self,
+        latents: Float[Array, "B y x C"],
+        text: Float[Array, "B S text_features"],
+        pooled_text: Float[Array, "B pooled_features"],
+        timestep: Float[Array, " B"],
+        guidance: Float[Array, " B"] | None = None,
+        *,
+        text_lengths: Int[Array, " B"] | None = None,
+        rules: Rule | Sequence[Rule] = None,
+    ) -> Float[Array, "B y x out_channels"]:
+        """One evaluation.
+
+        Args:
+          latents: packed latents on their grid.
+          text: embedded text tokens.
+          pooled_text: one vector per sample.
+          timestep: 0 to 1.
+          guidance: guidance scale per sample, for distilled models only.
+          text_lengths: text tokens of each sample; the published pipelines let padding take part (None).
+          rules: window of every layer at this step, static: `AttentionSchedule.at(step)`, one rule for all layers, or None:
+            dense.
+
+        Raises:
+          ValueError: for inputs of another width, guidance that is missing or unasked for, rules that do not fit, or a
+            grid that a window does not fit.
+        """
+        config = self.config
+        check_width("latents", latents, 4, config.in_channels)
+        check_width("text", text, 3, config.text_features)
+        check_width("pooled_text", pooled_text, 2, config.pooled_features)
+        rules = resolve_rules(rules, self.num_layers, rank=2)
+        vector = self._condition(pooled_text, timestep, guidance)
+        image = self.image_embedder(latents)
+        text = self.text_embedder(hide_padding(text, text_lengths))
+        rotation = self._rotation(latents.shape[1], latents.shape[2])
+        blocks = [*self.double_blocks, *self.single_blocks]
+        for block, rule in zip(blocks, rules, strict=True):
+            image, text = run_block(
+                block, self.remat, (image, text), vector, rotation, text_lengths, rule=rule
+            )
+        return self.output(image, vector)
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """Take the weights of a checkpoint in diffusers' layout, a file or a folder (`transformer/`).
+
+        Raises:
+          ValueError: naming keys that are missing, unused, or of another size than the model.
+        """
+        config = self.config
+        entries = flux_entries(
+            config.num_double, config.num_single, config.num_heads, config.features, config.guidance
+        )
+        load_parameters(self, open_checkpoint(path), entries)
+
+    def _condition(self, pooled_text: Array, timestep: Array, guidance: Array | None) -> Array:
+        check_guidance(guidance, self.config.guidance)
+        vector = self.time_embedder(_time_features(timestep, pooled_text.dtype))
+        vector = vector + self.pooled_embedder(pooled_text)
+        if self.guidance_embedder is None or guidance is None:
+            return vector
+        return vector + self.guidance_embedder(_time_features(guidance, pooled_text.dtype))
+
+    def _rotation(self, height: int, width: int) -> Rotation:
+        """`[y, x, head_dim / 2]`: the first share of the pairs counts images, and there is one."""
+        frequencies = [
+            inverse_frequencies(dim, self.config.theta) for dim in self.config.rotary_dims
+        ]
+        positions = np.zeros(1), np.arange(height), np.arange(width)
+        table = axial_rotation(positions, frequencies)
+        return Rotation(table.cos[0], table.sin[0])
+
+
+def flux(name: str, *, rngs: nnx.Rngs, **options: Any) -> FluxTransformer:
+    """A FLUX.1 transformer of a published size, `"dev"` or `"schnell"`, with random weights; options as `FluxTransformer`'s.
+
+    Raises:
+      ValueError: for another name.
+    """
+    if name not in FLUX:
+        raise ValueError(
+            f"FLUX.1 comes as {' or '.join(map(repr, FLUX))}; got {name!r}; for another size use FluxTransformer(FluxConfig(..))"
+        )
+    return FluxTransformer(FLUX[name], rngs=rngs, **options)
+
+
+def _time_features(scalars: Array, dtype: Any) -> Array:
+    return sinusoidal_features(scalars, TIME_FEATURES, factor=TIME_FACTOR).astype(dtype)

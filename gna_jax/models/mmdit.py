@@ -1,0 +1,299 @@
+"""The blocks of multimodal diffusion transformers (MM-DiT): image and text tokens that attend to each other.
+
+`DoubleStreamBlock` keeps separate weights per kind of token, `SingleStreamBlock` shares them. FLUX.1 and HunyuanVideo are made
+of these; their embeddings and outputs are theirs. Attention itself: `gna_jax.models.joint`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from gna_jax.models.joint import gna_joint
+from gna_jax.models.rotary import Rotation, rotate
+from gna_jax.models.schedule import Rule
+from gna_jax.neighborhood import WHOLE_GROUP
+from gna_jax.tiling import Tiles
+from gna_jax.vjp import LSE_NAME, OUT_NAME
+
+_EPSILON = 1e-6
+
+
+class Modulation(nnx.Module):
+    """`parts` vectors per sample from the condition, `linear(silu(vector))`: shifts, scales and gates."""
+
+    def __init__(self, features: int, parts: int, **linear: Any):
+        self.parts = parts
+        self.linear = nnx.Linear(features, parts * features, **linear)
+
+    def __call__(self, vector: Float[Array, "B C"]) -> list[Float[Array, "B C"]]:
+        """The parts, in the order of the kernel's columns."""
+        return jnp.split(self.linear(nnx.silu(vector)), self.parts, axis=-1)
+
+
+class Heads(nnx.Module):
+    """Queries, keys and values of one kind of token: projections, then RMS norm of queries and keys per head."""
+
+    def __init__(self, features: int, num_heads: int, head_dim: int, **linear: Any):
+        project = functools.partial(nnx.LinearGeneral, features, (num_heads, head_dim), **linear)
+        self.query, self.key, self.value = project(), project(), project()
+        norm = functools.partial(nnx.RMSNorm, head_dim, epsilon=_EPSILON, **linear)
+        self.query_norm, self.key_norm = norm(), norm()
+
+    def __call__(self, x: Float[Array, "*tokens C"]) -> tuple[Array, Array, Array]:
+        """`(query, key, value)`, each `[*tokens, heads, head_dim]`."""
+        return self.query_norm(self.query(x)), self.key_norm(self.key(x)), self.value(x)
+
+
+class Stream(nnx.Module):
+    """What a double-stream block holds for one kind of token: modulation, heads, output projection, MLP."""
+
+    def __init__(
+        self, features: int, num_heads: int, head_dim: int, mlp_features: int, **linear: Any
+    ):
+        self.modulation = Modulation(features, 6, **linear)
+        self.heads = Heads(features, num_heads, head_dim, **linear)
+        self.out = nnx.LinearGeneral((num_heads, head_dim), features, axis=(-2, -1), **linear)
+        self.mlp_in = nnx.Linear(features, mlp_features, **linear)
+        self.mlp_out = nnx.Linear(mlp_features, features, **linear)
+
+    def mlp(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
+        """Two layers with tanh-GELU."""
+        return self.mlp_out(nnx.gelu(self.mlp_in(x), approximate=True))
+
+
+class DoubleStreamBlock(nnx.Module):
+    """Joint attention and an MLP per kind of token, each modulated and gated by the condition.
+
+    Args:
+      features: width of both streams.
+      num_heads, head_dim: of the attention.
+      mlp_features: width of the MLPs.
+      implementation: as in `gna_joint`.
+      tiles: as in `gna_joint`, for layers with a window; dense ones choose their own.
+      dtype, param_dtype: of the computation (None: the common dtype of inputs and parameters) and of the parameters.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        head_dim: int,
+        mlp_features: int,
+        *,
+        implementation: str | Sequence[str] | None = None,
+        tiles: Tiles | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        linear = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.attend = _JointAttention.of(implementation, tiles)
+        self.image = Stream(features, num_heads, head_dim, mlp_features, **linear)
+        self.text = Stream(features, num_heads, head_dim, mlp_features, **linear)
+
+    def __call__(
+        self,
+        image: Float[Array, "B *space C"],
+        text: Float[Array, "B S C"],
+        vector: Float[Array, "B C"],
+        rotation: Rotation | None = None,
+        text_lengths: Int[Array, " B"] | None = None,
+        *,
+        rule: Rule = None,
+    ) -> tuple[Float[Array, "B *space C"], Float[Array, "B S C"]]:
+        """One block.
+
+        Args:
+          image, text: tokens of both kinds.
+          vector: the condition (time, guidance, pooled text).
+          rotation: of the image's queries and keys; text is not rotated.
+          text_lengths: text tokens of each sample; None: all.
+          rule: window of the image tokens, static; None: dense.
+        """
+        tokens = image, text
+        streams = self.image, self.text
+        parts = [stream.modulation(vector) for stream in streams]
+        heads = [
+            s.heads(modulate(x, p[0], p[1])) for s, x, p in zip(streams, tokens, parts, strict=True)
+        ]
+        attended = self.attend(heads[0], heads[1], rotation, text_lengths, rule)
+        results = []
+        for stream, x, part, out in zip(streams, tokens, parts, attended, strict=True):
+            x = x + per_sample(part[2], x) * stream.out(out)
+            x = x + per_sample(part[5], x) * stream.mlp(modulate(x, part[3], part[4]))
+            results.append(x)
+        return results[0], results[1]
+
+
+class SingleStreamBlock(nnx.Module):
+    """Joint attention beside an MLP, both from the same normalized tokens, with the same weights for image and text.
+
+    Arguments as in `DoubleStreamBlock`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        head_dim: int,
+        mlp_features: int,
+        *,
+        implementation: str | Sequence[str] | None = None,
+        tiles: Tiles | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        linear = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.attend = _JointAttention.of(implementation, tiles)
+        self.modulation = Modulation(features, 3, **linear)
+        self.heads = Heads(features, num_heads, head_dim, **linear)
+        self.mlp_in = nnx.Linear(features, mlp_features, **linear)
+        # One linear layer over both in the published weights, split here: its bias is mlp_out's.
+        self.out = nnx.LinearGeneral(
+            (num_heads, head_dim), features, axis=(-2, -1), use_bias=False, **linear
+        )
+        self.mlp_out = nnx.Linear(mlp_features, features, **linear)
+
+    def __call__(
+        self,
+        image: Float[Array, "B *space C"],
+        text: Float[Array, "B S C"],
+        vector: Float[Array, "B C"],
+        rotation: Rotation | None = None,
+        text_lengths: Int[Array, " B"] | None = None,
+        *,
+        rule: Rule = None,
+    ) -> tuple[Float[Array, "B *space C"], Float[Array, "B S C"]]:
+        """One block; arguments as in `DoubleStreamBlock`."""
+        shift, scale, gate = self.modulation(vector)
+        tokens = image, text
+        normalized = [modulate(x, shift, scale) for x in tokens]
+        heads = [self.heads(x) for x in normalized]
+        attended = self.attend(heads[0], heads[1], rotation, text_lengths, rule)
+        results = []
+        for x, norm, out in zip(tokens, normalized, attended, strict=True):
+            mlp = self.mlp_out(nnx.gelu(self.mlp_in(norm), approximate=True))
+            results.append(x + per_sample(gate, x) * (self.out(out) + mlp))
+        return results[0], results[1]
+
+
+class ModulatedOutput(nnx.Module):
+    """The last layer: layer norm modulated by the condition, then a linear layer to `out_features`."""
+
+    def __init__(self, features: int, out_features: int, **linear: Any):
+        self.modulation = Modulation(features, 2, **linear)
+        self.linear = nnx.Linear(features, out_features, **linear)
+
+    def __call__(self, x: Float[Array, "B *space C"], vector: Float[Array, "B C"]) -> Array:
+        """`[B, *space, out_features]`. Here the scale comes before the shift."""
+        scale, shift = self.modulation(vector)
+        return self.linear(modulate(x, shift, scale))
+
+
+def run_block(
+    block: Any, remat: bool, tokens: tuple[Array, Array], *arguments: Any, rule: Rule
+) -> tuple[Array, Array]:
+    """A block's tokens; with `remat` its backward recomputes everything but the attention's output and log-sum-exp."""
+    if not remat:
+        return block(*tokens, *arguments, rule=rule)
+    policy = jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME)
+    return nnx.remat(lambda block, *given: block(*given, rule=rule), policy=policy)(
+        block, *tokens, *arguments
+    )
+
+
+def modulate(
+    x: Float[Array, "B *tokens C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
+) -> Float[Array, "B *tokens C"]:
+    """`layer_norm(x) * (1 + scale) + shift`: no weights of its own, mean and variance in float32."""
+    wide = x.astype(statistics_dtype(x.dtype))
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    normalized = (centred * jax.lax.rsqrt(variance + _EPSILON)).astype(x.dtype)
+    return normalized * (1 + per_sample(scale, x)) + per_sample(shift, x)
+
+
+def statistics_dtype(dtype: Any) -> Any:
+    """What sums over features and tokens are kept in: float32, or float64 for float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def per_sample(vector: Float[Array, "B C"], x: Float[Array, "B *tokens C"]) -> Array:
+    """`vector` as `[B, 1, .., C]`, beside `x`."""
+    return vector.reshape(vector.shape[0], *(1,) * (x.ndim - 2), vector.shape[-1])
+
+
+def check_width(name: str, x: Any, axes: int, width: int) -> None:
+    """ValueError unless `x` has so many axes, the last one `width` wide."""
+    if jnp.ndim(x) != axes or x.shape[-1] != width:
+        raise ValueError(
+            f"{name} must have {axes} axes, the last of {width} features; got shape {tuple(jnp.shape(x))}"
+        )
+
+
+def check_rotary_dims(dims: tuple[int, ...], head_dim: int) -> None:
+    """ValueError unless the axes' features, each even, make up the head."""
+    if sum(dims) != head_dim or any(dim % 2 for dim in dims):
+        raise ValueError(
+            f"rotary_dims must be even and add up to head_dim; got rotary_dims={dims}, head_dim={head_dim}"
+        )
+
+
+def check_guidance(guidance: Any, embedded: bool) -> None:
+    """ValueError unless the guidance scale is given exactly where the model embeds it."""
+    if (guidance is not None) != embedded:
+        wanted = "needs guidance, one scale per sample" if embedded else "takes no guidance"
+        raise ValueError(
+            f"a model of config.guidance={embedded} {wanted}; got {'none' if guidance is None else 'one'}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _JointAttention:
+    """Rotation of the image's queries and keys, then `gna_joint`; hashable, because modules keep it as a static attribute."""
+
+    implementation: str | tuple[str, ...] | None
+    tiles: Tiles | None
+
+    @classmethod
+    def of(
+        cls, implementation: str | Sequence[str] | None, tiles: Tiles | None
+    ) -> "_JointAttention":
+        """The choices, a sequence of names as a tuple."""
+        if implementation is not None and not isinstance(implementation, str):
+            implementation = tuple(implementation)
+        return cls(implementation, tiles)
+
+    def __call__(
+        self,
+        image: tuple[Array, Array, Array],
+        text: tuple[Array, Array, Array],
+        rotation: Rotation | None,
+        text_lengths: Array | None,
+        rule: Rule,
+    ) -> tuple[Array, Array]:
+        query, key, value = image
+        if rotation is not None:
+            query, key = (rotate(x, rotation, interleaved=True) for x in (query, key))
+        window: dict[str, Any] = (
+            {"window_size": WHOLE_GROUP}
+            if rule is None
+            else dataclasses.asdict(rule) | {"tiles": self.tiles}
+        )
+        return gna_joint(
+            query,
+            key,
+            value,
+            *text,
+            text_lengths=text_lengths,
+            implementation=self.implementation,
+            **window,
+        )
