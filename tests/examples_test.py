@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gna_jax.models.hdit_model import PRESETS
+
 ROOT = pathlib.Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -102,8 +104,18 @@ def test_a_killed_example_ends_with_the_same_bits(tmp_path, name):
     check_kill(run, tmp_path, 8)
 
 
+def shrink(monkeypatch, classifier, diffusion):
+    """One layer where there are several, and one sample of each digit: all that is left out is compiling the same again."""
+    config = dataclasses.replace(classifier.CONFIG, depths=(1, 1))
+    monkeypatch.setattr(classifier, "CONFIG", config)
+    levels = PRESETS["digits"].levels
+    levels = tuple(dataclasses.replace(level, depth=1) for level in levels)
+    monkeypatch.setattr(diffusion, "hdit", functools.partial(diffusion.hdit, levels=levels))
+    monkeypatch.setattr(diffusion, "PER_CLASS", 1)
+
+
 def test_the_examples_train_draw_and_judge(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(example("train_diffusion"), "PER_CLASS", 1)
+    shrink(monkeypatch, example("train_classifier"), example("train_diffusion"))
     options = {"steps": 2, "batch": 4, "accumulate": 2}
     options |= {"seed": 0, "bf16": False, "save_every": 2, "restart": True}
     example("train_classifier").main(**options, out=tmp_path / "classifier")

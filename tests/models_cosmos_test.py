@@ -188,6 +188,7 @@ def test_gradients_of_several_layers_are_the_same_with_remat_and_without(tmp_pat
         assert abs(one - recomputed[path]).max() <= 1e-5 * abs(one).max() + 1e-8, path
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(tmp_path):
     model = loaded("predict1", tmp_path, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     wanted = golden("predict1")

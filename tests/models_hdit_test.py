@@ -150,6 +150,7 @@ def test_dropout_with_remat_draws_from_the_key_of_the_call():
     assert abs(one - other).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_and_parameters_float32():
     images, sigma, labels = tiny_inputs()
     exact, rounded = tiny(ONE_LEVEL), tiny(ONE_LEVEL, dtype=jnp.bfloat16)

@@ -163,7 +163,10 @@ def tile_reach(case, backward):
 @pytest.mark.parametrize(
     "case",
     [
-        case_1d(40, 5, tiles=Tiles(q=(6,), kv=None, backward_q=(9,)), has_bias=True),
+        pytest.param(
+            case_1d(40, 5, tiles=Tiles(q=(6,), kv=None, backward_q=(9,)), has_bias=True),
+            marks=pytest.mark.slow,
+        ),
         case_1d(37, 4, stride=3, dilation=3, tiles=Tiles(q=(4,), kv=None)),
         case_1d(30, 7, is_causal=True, tiles=Tiles(q=(5,), kv=None), num_additional=1),
         case_of((9, 8), (3, 4), tiles=Tiles(q=(4, 3), kv=None)),
@@ -218,7 +221,7 @@ def slab_program(case, tiles):
     return run
 
 
-@pytest.mark.parametrize("tile", [None, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("tile", [*(pytest.param(n, marks=pytest.mark.slow) for n in (None, 1)), 3])
 @pytest.mark.parametrize(
     ("case", "slab"),
     [

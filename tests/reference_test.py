@@ -124,6 +124,7 @@ def test_second_derivatives():
                 check_array(got[name], expected, 1e-8, name)
 
 
+@pytest.mark.slow
 def test_hessian_of_the_query():
     case = case_of((4,), (3,), batch=1, heads_per_kv=1, head_dim=2, value_dim=1)
     with jax.enable_x64(True):

@@ -107,6 +107,7 @@ def test_explicit_types_say_the_sharding():
     assert lse.sharding.spec == P("x", None, None, "y")
 
 
+@pytest.mark.slow
 def test_eager_on_an_explicit_mesh():
     mesh = mesh_of(AxisType.Explicit)
     arrays, cotangents = placed(EXTRAS, mesh, SPECS["both"])

@@ -178,6 +178,7 @@ def test_vmap_over_origins():
     check_close(got, oracle(case, arrays, cotangents), FLOAT32)
 
 
+@pytest.mark.slow
 def test_eager_equals_the_oracle():
     arrays, cotangents = CASE.inputs(np.float32), CASE.cotangents(np.float32)
     check_close(run(arrays, cotangents), oracle(CASE, arrays, cotangents), FLOAT32)

@@ -3,7 +3,6 @@
 The transformer around them: `gna_jax.models.cosmos_model`. Tokens are [B, T, Y, X, C].
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,8 +17,7 @@ from gna_jax.attention import gna
 from gna_jax.models.cosmos_presets import CosmosConfig
 from gna_jax.models.joint import hide_padding
 from gna_jax.models.rotary import Rotation, rotate
-from gna_jax.models.schedule import Rule
-from gna_jax.neighborhood import WHOLE_GROUP
+from gna_jax.models.schedule import Rule, window_arguments
 from gna_jax.tiling import Tiles
 
 NORM_EPSILON = 1e-6
@@ -93,11 +91,7 @@ class CosmosSelfAttention(nnx.Module):
         if rotation is not None:
             query = rotate(query, rotation, interleaved=False)
             key = rotate(key, rotation, interleaved=False)
-        window: dict[str, Any] = (
-            {"window_size": WHOLE_GROUP}
-            if rule is None
-            else dataclasses.asdict(rule) | {"tiles": self.tiles}
-        )
+        window = window_arguments(rule, self.tiles)
         value = self.value(x)
         return self.out(gna(query, key, value, implementation=self.implementation, **window))
 

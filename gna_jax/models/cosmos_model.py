@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -31,11 +30,11 @@ from gna_jax.models.cosmos_blocks import (
 from gna_jax.models.cosmos_checkpoint import cosmos_entries
 from gna_jax.models.cosmos_presets import COSMOS, CosmosConfig
 from gna_jax.models.mmdit import check_width
+from gna_jax.models.remat import run_block
 from gna_jax.models.rotary import Rotation, axial_rotation, inverse_frequencies
 from gna_jax.models.schedule import Rule, resolve_rules
 from gna_jax.models.timestep import sinusoidal_features
 from gna_jax.tiling import Tiles
-from gna_jax.vjp import LSE_NAME, OUT_NAME
 
 TRAINING_FPS = 24
 """Frames per second at which a latent frame is one position of the rotary embedding."""
@@ -155,7 +154,7 @@ class CosmosTransformer(nnx.Module):
         rotation = cosmos_rotation(config, layout, fps)
         positions = None if self.positions is None else self.positions(layout)
         for block, rule in zip(self.blocks, rules, strict=True):
-            x = _run_block(
+            x = run_block(
                 block, self.remat, x, text, time, rotation, positions, text_lengths, rule=rule
             )
         x, _ = self.norm_out(x, time)
@@ -199,16 +198,6 @@ def cosmos(name: str, *, rngs: nnx.Rngs, **options: Any) -> CosmosTransformer:
             " for another size use CosmosTransformer(CosmosConfig(..))"
         )
     return CosmosTransformer(COSMOS[name], rngs=rngs, **options)
-
-
-def _run_block(block: CosmosBlock, remat: bool, *arguments: Any, rule: Rule) -> Array:
-    """A block's tokens; with `remat` its backward recomputes everything but the attention's output and log-sum-exp."""
-    if not remat:
-        return block(*arguments, rule=rule)
-    policy = jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME)
-    return nnx.remat(lambda block, *given: block(*given, rule=rule), policy=policy)(
-        block, *arguments
-    )
 
 
 def _layout(config: CosmosConfig, video: tuple[int, ...]) -> tuple[int, int, int]:

@@ -25,8 +25,8 @@ from gna_jax.models.mmdit import (
     check_guidance,
     check_rotary_dims,
     check_width,
-    run_block,
 )
+from gna_jax.models.remat import run_block
 from gna_jax.models.rotary import Rotation, axial_rotation, inverse_frequencies
 from gna_jax.models.schedule import Rule, resolve_rules
 from gna_jax.models.timestep import VectorEmbedder, sinusoidal_features
@@ -168,7 +168,7 @@ class FluxTransformer(nnx.Module):
         blocks = [*self.double_blocks, *self.single_blocks]
         for block, rule in zip(blocks, rules, strict=True):
             image, text = run_block(
-                block, self.remat, (image, text), vector, rotation, text_lengths, rule=rule
+                block, self.remat, image, text, vector, rotation, text_lengths, rule=rule
             )
         return self.output(image, vector)
 

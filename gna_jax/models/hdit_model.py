@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
@@ -34,7 +33,7 @@ from gna_jax.models.hdit_layers import (
     rows,
     space_to_depth,
 )
-from gna_jax.vjp import LSE_NAME, OUT_NAME
+from gna_jax.models.remat import KEEP_ATTENTION
 
 AUGMENTATION_FEATURES = 9
 _ZEROS = nnx.initializers.zeros_init()
@@ -278,5 +277,5 @@ def _run(
 _with_remat = nnx.remat(
     Layer.__call__,
     static_argnums=(4,),
-    policy=jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME),
+    policy=KEEP_ATTENTION,
 )

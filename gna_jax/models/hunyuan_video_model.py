@@ -26,8 +26,8 @@ from gna_jax.models.mmdit import (
     check_guidance,
     check_rotary_dims,
     check_width,
-    run_block,
 )
+from gna_jax.models.remat import run_block
 from gna_jax.models.rotary import axial_rotation, inverse_frequencies
 from gna_jax.models.schedule import Rule, resolve_rules
 from gna_jax.models.text_refiner import TextRefiner
@@ -175,7 +175,7 @@ class HunyuanVideoTransformer(nnx.Module):
         blocks = [*self.double_blocks, *self.single_blocks]
         for block, rule in zip(blocks, rules, strict=True):
             video, tokens = run_block(
-                block, self.remat, (video, tokens), vector, rotation, text_lengths, rule=rule
+                block, self.remat, video, tokens, vector, rotation, text_lengths, rule=rule
             )
         return _latents(self.output(video, vector), config.patch_size)
 

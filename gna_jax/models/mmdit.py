@@ -17,10 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from gna_jax.models.joint import gna_joint
 from gna_jax.models.rotary import Rotation, rotate
-from gna_jax.models.schedule import Rule
-from gna_jax.neighborhood import WHOLE_GROUP
+from gna_jax.models.schedule import Rule, window_arguments
 from gna_jax.tiling import Tiles
-from gna_jax.vjp import LSE_NAME, OUT_NAME
 
 _EPSILON = 1e-6
 
@@ -198,18 +196,6 @@ class ModulatedOutput(nnx.Module):
         return self.linear(modulate(x, shift, scale))
 
 
-def run_block(
-    block: Any, remat: bool, tokens: tuple[Array, Array], *arguments: Any, rule: Rule
-) -> tuple[Array, Array]:
-    """A block's tokens; with `remat` its backward recomputes everything but the attention's output and log-sum-exp."""
-    if not remat:
-        return block(*tokens, *arguments, rule=rule)
-    policy = jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME)
-    return nnx.remat(lambda block, *given: block(*given, rule=rule), policy=policy)(
-        block, *tokens, *arguments
-    )
-
-
 def modulate(
     x: Float[Array, "B *tokens C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
 ) -> Float[Array, "B *tokens C"]:
@@ -283,11 +269,6 @@ class _JointAttention:
         query, key, value = image
         if rotation is not None:
             query, key = (rotate(x, rotation, interleaved=True) for x in (query, key))
-        window: dict[str, Any] = (
-            {"window_size": WHOLE_GROUP}
-            if rule is None
-            else dataclasses.asdict(rule) | {"tiles": self.tiles}
-        )
         return gna_joint(
             query,
             key,
@@ -295,5 +276,5 @@ class _JointAttention:
             *text,
             text_lengths=text_lengths,
             implementation=self.implementation,
-            **window,
+            **window_arguments(rule, self.tiles),
         )

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from gna_jax.flax.nnx import GNAttention
 from gna_jax.models.nat_presets import NATConfig
+from gna_jax.models.remat import KEEP_ATTENTION
 
 _INITIAL = nnx.initializers.normal(0.02)
 _INITIAL_CONVOLUTION = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -253,7 +254,7 @@ def _run(block: _Block, x: Array, rngs: Rngs | None, deterministic: bool | None)
 _run_again = nnx.remat(
     _run,
     static_argnums=(3,),
-    policy=jax.checkpoint_policies.save_only_these_names("gna_out", "gna_lse"),
+    policy=KEEP_ATTENTION,
 )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from jax.core import Tracer
 
-from gna_jax.neighborhood import Neighborhood
+from gna_jax.neighborhood import WHOLE_GROUP, Neighborhood
 from gna_jax.simulator.presets import PRESETS
+from gna_jax.tiling import Tiles
 
 Rule = Neighborhood | None
 """Window of a layer; None: dense."""
@@ -142,6 +143,13 @@ def resolve_rules(rules: Any, num_layers: int, rank: int | None = None) -> Rules
                 f"rules must have the {rank} spatial axes of the model; got {rule.rank} axes at layer {layer}: {rule}"
             )
     return tuple(rules)
+
+
+def window_arguments(rule: Rule, tiles: Tiles | None) -> dict[str, Any]:
+    """A rule as arguments of `gna`; `tiles` are for windows, a dense layer chooses its own."""
+    if rule is None:
+        return {"window_size": WHOLE_GROUP}
+    return dataclasses.asdict(rule) | {"tiles": tiles}
 
 
 _PAPER_STRIDES = {
