@@ -79,8 +79,17 @@ def compile_sharded(*arguments):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("more", [False, True], ids=["window", "additional"])
-@pytest.mark.parametrize("heads_per_kv", [1, 2])
+@pytest.mark.parametrize(
+    ("heads_per_kv", "more"),
+    [
+        (2, True),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in ((1, False), (1, True), (2, False))
+        ),
+    ],
+    ids=["grouped-additional", "window", "additional", "grouped-window"],
+)
 @pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map"])
 def test_every_device_keeps_its_own(kind, heads_per_kv, more):
     (forward, kernels, specs), (backward, gradient_kernels, gradient_specs) = compile_sharded(

@@ -195,6 +195,7 @@ def problem_of(operands, trial, device):
 
 
 @pytest.mark.kernel
+@pytest.mark.slow  # selfcheck_test runs some of them by default
 def test_the_small_trials_in_the_interpreter(cache):
     """The command as a laptop has it, kernels and all."""
     code, out, error = run("--interpret", "h200")
