@@ -3,7 +3,7 @@
     python examples/train_classifier.py
     python examples/train_diffusion.py --judge demo/classifier
 
-Minutes on two CPU cores. It leaves checkpoints, `curve.png` and `samples.png` in `--out`; killed and started again it goes on where
+It leaves checkpoints, `curve.png` and `samples.png` in `--out`; killed and started again it goes on where
 it was, to the same parameters. With `--judge`, the classifier says how many of 200 samples it takes for the digit asked for.
 
 Read `diffusion_loss` and `write_digits`; preconditioning, guidance and sampler are in `gna_jax/models/hdit_diffusion.py`, the
