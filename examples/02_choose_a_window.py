@@ -2,7 +2,7 @@
 
     python examples/02_choose_a_window.py
 
-Five seconds on two CPU cores; no GPU is asked, the numbers are computed. Last line: `whole run: 1.52x faster`
+Two seconds on two CPU cores; no GPU is asked, the numbers are computed. Last line: `whole run: 1.52x faster`
 """
 
 from gna_jax.simulator import (

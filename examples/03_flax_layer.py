@@ -2,7 +2,7 @@
 
     python examples/03_flax_layer.py
 
-Ten seconds on two CPU cores. Last line: `the loss fell to less than half: True`
+Five seconds on two CPU cores. Last line: `the loss fell to less than half: True`
 """
 
 import jax

@@ -2,7 +2,7 @@
 
     python examples/05_port_from_natten.py
 
-Five seconds on two CPU cores. Last line: `na2d and na3d agree: True`
+Eight seconds on two CPU cores. Last line: `na2d and na3d agree: True`
 
 Everything that differs, such as gradients on a CPU: docs/from-natten.md.
 """

@@ -2,7 +2,7 @@
 
     python examples/06_shard_over_heads.py
 
-Ten seconds on two CPU cores, which play two devices where there are no more. Last line: `equal to one device: True`
+Five seconds on two CPU cores, which play two devices where there are no more. Last line: `equal to one device: True`
 """
 
 import os

@@ -19,22 +19,13 @@ from gna_jax.models.checkpoint import load_parameters, open_checkpoint
 from gna_jax.models.flux_checkpoint import flux_entries
 from gna_jax.models.joint import hide_padding
 from gna_jax.models.mmdit import (
-    DoubleStreamBlock,
-    ModulatedOutput,
-    SingleStreamBlock,
-    check_guidance,
+    JointTransformer,
     check_rotary_dims,
     check_width,
 )
-from gna_jax.models.remat import run_block
 from gna_jax.models.rotary import Rotation, axial_rotation, inverse_frequencies
 from gna_jax.models.schedule import Rule, resolve_rules
-from gna_jax.models.timestep import VectorEmbedder, sinusoidal_features
 from gna_jax.tiling import Tiles
-
-TIME_FEATURES = 256
-TIME_FACTOR = 1000.0
-"""Timesteps run from 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +69,7 @@ FLUX = {"dev": FluxConfig(), "schnell": FluxConfig(guidance=False)}
 """Published sizes by name."""
 
 
-class FluxTransformer(nnx.Module):
+class FluxTransformer(JointTransformer):
     """Velocity of packed latents, given text, pooled text, time and (distilled models) guidance.
 
     Args:
@@ -92,6 +83,9 @@ class FluxTransformer(nnx.Module):
     `model = nnx.eval_shape(lambda: flux("dev", param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))`.
     """
 
+    TIME_FACTOR = 1000.0
+    """Timesteps run from 0 to 1."""
+
     def __init__(
         self,
         config: FluxConfig,
@@ -103,31 +97,11 @@ class FluxTransformer(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.config = config
-        self.remat = remat
-        width = config.features
         made: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        block = made | {"implementation": implementation, "tiles": tiles}
-        sizes = width, config.num_heads, config.head_dim, int(width * config.mlp_ratio)
-        self.image_embedder = nnx.Linear(config.in_channels, width, **made)
-        self.text_embedder = nnx.Linear(config.text_features, width, **made)
-        self.time_embedder = VectorEmbedder(TIME_FEATURES, width, **made)
-        self.pooled_embedder = VectorEmbedder(config.pooled_features, width, **made)
-        self.guidance_embedder = (
-            VectorEmbedder(TIME_FEATURES, width, **made) if config.guidance else None
-        )
-        self.double_blocks = nnx.List(
-            [DoubleStreamBlock(*sizes, **block) for _ in range(config.num_double)]
-        )
-        self.single_blocks = nnx.List(
-            [SingleStreamBlock(*sizes, **block) for _ in range(config.num_single)]
-        )
-        self.output = ModulatedOutput(width, config.out_channels, **made)
-
-    @property
-    def num_layers(self) -> int:
-        """Attention layers: double blocks, then single ones."""
-        return self.config.num_double + self.config.num_single
+        options = {"implementation": implementation, "tiles": tiles, "remat": remat}
+        super().__init__(config, config.out_channels, **options, **made)
+        self.image_embedder = nnx.Linear(config.in_channels, config.features, **made)
+        self.text_embedder = nnx.Linear(config.text_features, config.features, **made)
 
     def __call__(
         self,
@@ -161,15 +135,11 @@ class FluxTransformer(nnx.Module):
         check_width("text", text, 3, config.text_features)
         check_width("pooled_text", pooled_text, 2, config.pooled_features)
         rules = resolve_rules(rules, self.num_layers, rank=2)
-        vector = self._condition(pooled_text, timestep, guidance)
+        vector = self.condition(pooled_text, timestep, guidance)
         image = self.image_embedder(latents)
         text = self.text_embedder(hide_padding(text, text_lengths))
         rotation = self._rotation(latents.shape[1], latents.shape[2])
-        blocks = [*self.double_blocks, *self.single_blocks]
-        for block, rule in zip(blocks, rules, strict=True):
-            image, text = run_block(
-                block, self.remat, image, text, vector, rotation, text_lengths, rule=rule
-            )
+        image = self.run_blocks(image, text, vector, rotation, text_lengths, rules)
         return self.output(image, vector)
 
     def load_pretrained(self, path: str | Path) -> None:
@@ -183,14 +153,6 @@ class FluxTransformer(nnx.Module):
             config.num_double, config.num_single, config.num_heads, config.features, config.guidance
         )
         load_parameters(self, open_checkpoint(path), entries)
-
-    def _condition(self, pooled_text: Array, timestep: Array, guidance: Array | None) -> Array:
-        check_guidance(guidance, self.config.guidance)
-        vector = self.time_embedder(_time_features(timestep, pooled_text.dtype))
-        vector = vector + self.pooled_embedder(pooled_text)
-        if self.guidance_embedder is None or guidance is None:
-            return vector
-        return vector + self.guidance_embedder(_time_features(guidance, pooled_text.dtype))
 
     def _rotation(self, height: int, width: int) -> Rotation:
         """`[y, x, head_dim / 2]`: the first share of the pairs counts images, and there is one."""
@@ -213,7 +175,3 @@ def flux(name: str, *, rngs: nnx.Rngs, **options: Any) -> FluxTransformer:
             f"FLUX.1 comes as {' or '.join(map(repr, FLUX))}; got {name!r}; for another size use FluxTransformer(FluxConfig(..))"
         )
     return FluxTransformer(FLUX[name], rngs=rngs, **options)
-
-
-def _time_features(scalars: Array, dtype: Any) -> Array:
-    return sinusoidal_features(scalars, TIME_FEATURES, factor=TIME_FACTOR).astype(dtype)

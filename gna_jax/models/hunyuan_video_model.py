@@ -20,21 +20,15 @@ from jaxtyping import Array, Float, Int
 from gna_jax.models.checkpoint import load_parameters, open_checkpoint
 from gna_jax.models.hunyuan_video_checkpoint import hunyuan_video_entries
 from gna_jax.models.mmdit import (
-    DoubleStreamBlock,
-    ModulatedOutput,
-    SingleStreamBlock,
-    check_guidance,
+    TIME_FEATURES,
+    JointTransformer,
     check_rotary_dims,
     check_width,
 )
-from gna_jax.models.remat import run_block
 from gna_jax.models.rotary import axial_rotation, inverse_frequencies
 from gna_jax.models.schedule import Rule, resolve_rules
 from gna_jax.models.text_refiner import TextRefiner
-from gna_jax.models.timestep import VectorEmbedder, sinusoidal_features
 from gna_jax.tiling import Tiles
-
-TIME_FEATURES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +76,7 @@ HUNYUAN_VIDEO = {"t2v": HunyuanVideoConfig()}
 """Published sizes by name."""
 
 
-class HunyuanVideoTransformer(nnx.Module):
+class HunyuanVideoTransformer(JointTransformer):
     """Velocity of video latents, given text of different lengths, pooled text, time and (distilled models) guidance.
 
     Args:
@@ -107,33 +101,14 @@ class HunyuanVideoTransformer(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.config = config
-        self.remat = remat
-        width, patch = config.features, math.prod(config.patch_size)
         made: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        block = made | {"implementation": implementation, "tiles": tiles}
-        sizes = width, config.num_heads, config.head_dim, int(width * config.mlp_ratio)
+        options = {"implementation": implementation, "tiles": tiles, "remat": remat}
+        width, patch = config.features, math.prod(config.patch_size)
+        super().__init__(config, patch * config.out_channels, **options, **made)
         self.patch_embedder = nnx.Linear(patch * config.in_channels, width, **made)
         self.text_refiner = TextRefiner(
             config.text_features, width, config.num_heads, config.num_refiner, TIME_FEATURES, **made
         )
-        self.time_embedder = VectorEmbedder(TIME_FEATURES, width, **made)
-        self.pooled_embedder = VectorEmbedder(config.pooled_features, width, **made)
-        self.guidance_embedder = (
-            VectorEmbedder(TIME_FEATURES, width, **made) if config.guidance else None
-        )
-        self.double_blocks = nnx.List(
-            [DoubleStreamBlock(*sizes, **block) for _ in range(config.num_double)]
-        )
-        self.single_blocks = nnx.List(
-            [SingleStreamBlock(*sizes, **block) for _ in range(config.num_single)]
-        )
-        self.output = ModulatedOutput(width, patch * config.out_channels, **made)
-
-    @property
-    def num_layers(self) -> int:
-        """Attention layers: double blocks, then single ones."""
-        return self.config.num_double + self.config.num_single
 
     def __call__(
         self,
@@ -167,16 +142,12 @@ class HunyuanVideoTransformer(nnx.Module):
         check_width("text", text, 3, config.text_features)
         check_width("pooled_text", pooled_text, 2, config.pooled_features)
         rules = resolve_rules(rules, self.num_layers, rank=3)
-        vector = self._condition(pooled_text, timestep, guidance)
+        vector = self.condition(pooled_text, timestep, guidance)
         video = self.patch_embedder(_patches(latents, config.patch_size))
         tokens = self.text_refiner(text, timestep, text_lengths)
         frequencies = [inverse_frequencies(dim, config.theta) for dim in config.rotary_dims]
         rotation = axial_rotation([np.arange(length) for length in video.shape[1:4]], frequencies)
-        blocks = [*self.double_blocks, *self.single_blocks]
-        for block, rule in zip(blocks, rules, strict=True):
-            video, tokens = run_block(
-                block, self.remat, video, tokens, vector, rotation, text_lengths, rule=rule
-            )
+        video = self.run_blocks(video, tokens, vector, rotation, text_lengths, rules)
         return _latents(self.output(video, vector), config.patch_size)
 
     def load_pretrained(self, path: str | Path) -> None:
@@ -195,14 +166,6 @@ class HunyuanVideoTransformer(nnx.Module):
             config.guidance,
         )
         load_parameters(self, open_checkpoint(path), entries)
-
-    def _condition(self, pooled_text: Array, timestep: Array, guidance: Array | None) -> Array:
-        check_guidance(guidance, self.config.guidance)
-        vector = self.time_embedder(_time_features(timestep, pooled_text.dtype))
-        vector = vector + self.pooled_embedder(pooled_text)
-        if self.guidance_embedder is None or guidance is None:
-            return vector
-        return vector + self.guidance_embedder(_time_features(guidance, pooled_text.dtype))
 
 
 def hunyuan_video(name: str = "t2v", *, rngs: nnx.Rngs, **options: Any) -> HunyuanVideoTransformer:
@@ -238,7 +201,3 @@ def _latents(tokens: Array, patch_size: tuple[int, ...]) -> Float[Array, "B t y 
     pt, py, px = patch_size
     split = tokens.reshape(batch, t, y, x, -1, pt, py, px)
     return split.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(batch, t * pt, y * py, x * px, -1)
-
-
-def _time_features(scalars: Array, dtype: Any) -> Array:
-    return sinusoidal_features(scalars, TIME_FEATURES).astype(dtype)

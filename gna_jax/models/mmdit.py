@@ -16,11 +16,15 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
 from gna_jax.models.joint import gna_joint
+from gna_jax.models.remat import run_block
 from gna_jax.models.rotary import Rotation, rotate
 from gna_jax.models.schedule import Rule, window_arguments
+from gna_jax.models.timestep import VectorEmbedder, sinusoidal_features
 from gna_jax.tiling import Tiles
 
 _EPSILON = 1e-6
+TIME_FEATURES = 256
+"""Sinusoids of a timestep."""
 
 
 class Modulation(nnx.Module):
@@ -194,6 +198,85 @@ class ModulatedOutput(nnx.Module):
         """`[B, *space, out_features]`. Here the scale comes before the shift."""
         scale, shift = self.modulation(vector)
         return self.linear(modulate(x, shift, scale))
+
+
+class JointTransformer(nnx.Module):
+    """What the models made of these blocks share: embedders of the condition, the blocks, the last layer.
+
+    A model adds how its tokens come in and go out. `config` has `features`, `num_double`, `num_single`, `num_heads`,
+    `head_dim`, `mlp_ratio`, `pooled_features` and `guidance`; `made` are `dtype`, `param_dtype` and `rngs`.
+    """
+
+    TIME_FACTOR = 1.0
+    """On timesteps and guidance scales before their sinusoids."""
+
+    def __init__(
+        self,
+        config: Any,
+        out_features: int,
+        *,
+        implementation: str | Sequence[str] | None,
+        tiles: Tiles | None,
+        remat: bool,
+        **made: Any,
+    ):
+        self.config = config
+        self.remat = remat
+        width = config.features
+        sizes = width, config.num_heads, config.head_dim, int(width * config.mlp_ratio)
+        block = made | {"implementation": implementation, "tiles": tiles}
+        self.time_embedder = VectorEmbedder(TIME_FEATURES, width, **made)
+        self.pooled_embedder = VectorEmbedder(config.pooled_features, width, **made)
+        self.guidance_embedder = (
+            VectorEmbedder(TIME_FEATURES, width, **made) if config.guidance else None
+        )
+        self.double_blocks = nnx.List(
+            [DoubleStreamBlock(*sizes, **block) for _ in range(config.num_double)]
+        )
+        self.single_blocks = nnx.List(
+            [SingleStreamBlock(*sizes, **block) for _ in range(config.num_single)]
+        )
+        self.output = ModulatedOutput(width, out_features, **made)
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers: double blocks, then single ones."""
+        return self.config.num_double + self.config.num_single
+
+    def condition(
+        self,
+        pooled_text: Float[Array, "B pooled_features"],
+        timestep: Float[Array, " B"],
+        guidance: Float[Array, " B"] | None,
+    ) -> Float[Array, "B C"]:
+        """The vector that modulates every block. ValueError for guidance that is missing or unasked for."""
+        check_guidance(guidance, self.config.guidance)
+
+        def features(scalars: Array) -> Array:
+            wide = sinusoidal_features(scalars, TIME_FEATURES, factor=self.TIME_FACTOR)
+            return wide.astype(pooled_text.dtype)
+
+        vector = self.time_embedder(features(timestep)) + self.pooled_embedder(pooled_text)
+        if self.guidance_embedder is None or guidance is None:
+            return vector
+        return vector + self.guidance_embedder(features(guidance))
+
+    def run_blocks(
+        self,
+        image: Float[Array, "B *space C"],
+        text: Float[Array, "B S C"],
+        vector: Float[Array, "B C"],
+        rotation: Rotation,
+        text_lengths: Int[Array, " B"] | None,
+        rules: Sequence[Rule],
+    ) -> Float[Array, "B *space C"]:
+        """The image tokens after all blocks, each with its rule."""
+        blocks = [*self.double_blocks, *self.single_blocks]
+        for block, rule in zip(blocks, rules, strict=True):
+            image, text = run_block(
+                block, self.remat, image, text, vector, rotation, text_lengths, rule=rule
+            )
+        return image
 
 
 def modulate(
