@@ -38,6 +38,9 @@ def test_the_committed_table_has_every_kernel_and_few_spills():
             # What is spilled is read and written once per Q tile, and less often than in the example as it is.
             assert row["local_accesses_per_visit"] == 0
             assert row["local_accesses"] < table[kernel.example]["local_accesses"]
+            # In bytes at head dim 128 only; at 64 the compiler counts more than in the example: docs/deep-dives/cutlass-forward.md.
+            if kernel.head_dim == 128:
+                assert row["spill_bytes"] <= table[kernel.example]["spill_bytes"]
             assert row["tensor_memory_loads"] > 0
 
 
