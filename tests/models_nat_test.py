@@ -7,6 +7,7 @@ and shapes of the published sizes; neither was made by code of this package.
 import dataclasses
 import doctest
 import functools
+import inspect
 import json
 import math
 import pathlib
@@ -401,7 +402,8 @@ def test_without_drop_path_nothing_is_random():
 def test_initial_values():
     """As published: deviation 0.02 of linear maps and biases of positions, layer scales as given."""
     rngs = nnx.Rngs(dropout_key(0))
-    layers = nat_layers.Layers(None, jnp.float32, None, None, None, rngs)
+    initial = inspect.signature(NAT.__init__).parameters["kernel_init"].default
+    layers = nat_layers.Layers(None, jnp.float32, None, None, None, initial, rngs)
     attention = layers.attention(16, 2, 3, 1)
     for drawn in (attention.out.kernel, attention.relative_position_bias):
         assert 0.01 < np.std(drawn[...]) < 0.03

@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype, PrecisionLike
+from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float
 
 from gna_jax.flax.nnx import GNAttention
 from gna_jax.models.nat_presets import NATConfig
 from gna_jax.models.remat import KEEP_ATTENTION
 
-_INITIAL = nnx.initializers.normal(0.02)
+PUBLISHED_INITIAL = nnx.initializers.normal(0.02)
+"""What the published models' matrices and biases of positions start from."""
 _INITIAL_CONVOLUTION = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """PyTorch's default, which the published models keep for convolutions."""
 _EPSILON = 1e-5
@@ -33,6 +34,7 @@ class Layers:
     precision: PrecisionLike
     implementation: str | Sequence[str] | None
     deterministic: bool | None
+    kernel_init: Initializer
     rngs: nnx.Rngs
 
     @property
@@ -45,7 +47,7 @@ class Layers:
             in_features,
             out_features,
             use_bias=use_bias,
-            kernel_init=_INITIAL,
+            kernel_init=self.kernel_init,
             precision=self.precision,
             **self._dtypes,
         )
@@ -92,14 +94,14 @@ class Layers:
             window_size=(window_size, window_size),
             dilation=dilation,
             relative_position_bias=True,
-            kernel_init=_INITIAL,
+            kernel_init=self.kernel_init,
             precision=self.precision,
             implementation=self.implementation,
             **self._dtypes,
         )
         bias = attention.relative_position_bias
         if bias is not None:
-            bias.set_value(_INITIAL(self.rngs.params(), bias.shape, self.param_dtype))
+            bias.set_value(PUBLISHED_INITIAL(self.rngs.params(), bias.shape, self.param_dtype))
         return attention
 
     def drop_path(self, rate: float) -> nnx.Dropout | None:

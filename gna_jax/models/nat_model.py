@@ -12,11 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype, PrecisionLike
+from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float
 
 from gna_jax.models import nat_checkpoint
-from gna_jax.models.nat_layers import ConvolutionStem, Layers, Level, PatchStem, Rngs
+from gna_jax.models.nat_layers import (
+    PUBLISHED_INITIAL,
+    ConvolutionStem,
+    Layers,
+    Level,
+    PatchStem,
+    Rngs,
+)
 from gna_jax.models.nat_presets import (
     DINAT_ISOTROPIC_SIZES,
     DINAT_S_SIZES,
@@ -47,6 +54,8 @@ class NAT(nnx.Module):
       precision: of all matrix products.
       implementation: of the attention, as in `gna_jax.gna`.
       remat: compute each layer again in the backward pass instead of keeping what is inside; attention's outputs are kept.
+      kernel_init: of all matrix products. The published one suits hundreds of features; tens of features learn nothing from
+        it for hundreds of steps, and do at once from `nnx.initializers.lecun_normal()`.
       rngs: `params`, and `dropout` if the configuration's `drop_path` is above 0.
     """
 
@@ -62,9 +71,12 @@ class NAT(nnx.Module):
         precision: PrecisionLike = None,
         implementation: str | Sequence[str] | None = None,
         remat: bool = False,
+        kernel_init: Initializer = PUBLISHED_INITIAL,
         rngs: nnx.Rngs,
     ):
-        layers = Layers(dtype, param_dtype, precision, implementation, deterministic, rngs)
+        layers = Layers(
+            dtype, param_dtype, precision, implementation, deterministic, kernel_init, rngs
+        )
         self.config = config
         self.num_classes = num_classes
         self.in_channels = in_channels
