@@ -80,14 +80,14 @@ def draw_samples(images: Float[np.ndarray, "B 28 28"], path: Path) -> None:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="training steps")] = 2000,
+    steps: Annotated[int, typer.Option(help="training steps")] = 4000,
     batch: Annotated[int, typer.Option(help="images per step")] = 32,
     seed: Annotated[int, typer.Option(help="of the split, the weights and all noise")] = 0,
     accumulate: Annotated[int, typer.Option(help="parts of a batch, for less memory")] = 1,
     bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
     save_every: Annotated[int, typer.Option(help="steps between two checkpoints")] = 500,
     restart: Annotated[bool, typer.Option(help="lose the run in --out, if any")] = False,
-    guidance: Annotated[float, typer.Option(help="of the samples; 1: none")] = 2.0,
+    guidance: Annotated[float, typer.Option(help="of the samples; 1: none")] = 3.0,
     levels: Annotated[int, typer.Option(help="noise levels that a sample goes through")] = 24,
     judge: Annotated[
         Path | None, typer.Option(help="--out of train_classifier.py; it says what it sees")

@@ -16,6 +16,9 @@ from gna_jax.natten import na1d as na1d
 from gna_jax.natten import na2d as na2d
 from gna_jax.natten import na3d as na3d
 from gna_jax.neighborhood import Neighborhood as Neighborhood
+from gna_jax.sharding import gna_sharded as gna_sharded
+from gna_jax.sharding import merge_over_mesh as merge_over_mesh
+from gna_jax.sharding import shard_attention as shard_attention
 from gna_jax.tiling import Tiles as Tiles
 
 if TYPE_CHECKING:
@@ -32,11 +35,14 @@ __all__ = [
     "attention_fn",
     "explain",
     "gna",
+    "gna_sharded",
     "interpret_gpu",
     "merge_attentions",
+    "merge_over_mesh",
     "na1d",
     "na2d",
     "na3d",
+    "shard_attention",
 ]
 
 
