@@ -70,10 +70,14 @@ class AxisHalo:
         first, end = self.rule.keys(group, group_length(self.length, self.rule.dilation, residue))
         return tuple(place * self.rule.dilation + residue for place in (first, end - 1))
 
+    @functools.cached_property
+    def _needed(self) -> tuple[tuple[int, int], ...]:
+        first, last = (rows.reshape(self.shards, self.rows) for rows in self._seen)
+        return tuple(zip(first.min(axis=1).tolist(), (last.max(axis=1) + 1).tolist(), strict=True))
+
     def needed(self, shard: int) -> tuple[int, int]:
         """`[first, end)` of the rows of the whole axis that a shard's queries see, or lie between those."""
-        first, last = (rows[shard * self.rows : (shard + 1) * self.rows] for rows in self._seen)
-        return int(first.min()), int(last.max()) + 1
+        return self._needed[shard]
 
     @functools.cached_property
     def before(self) -> int:
@@ -89,7 +93,11 @@ class AxisHalo:
     def pieces(self) -> tuple[Piece, ...]:
         """In the order in which a slab holds them: those in front of the own rows, then those behind."""
         pieces = []
-        for shift in range(self.shards - 1, -self.shards, -1):
+        farthest = max(
+            max(shard - first // self.rows, (end - 1) // self.rows - shard)
+            for shard, (first, end) in enumerate(self._needed)
+        )
+        for shift in range(farthest, -farthest - 1, -1):
             if shift:
                 pieces += self._pieces_from(shift)
         return tuple(pieces)

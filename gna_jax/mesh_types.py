@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
 from gna_jax.problem import Operands
@@ -28,6 +29,22 @@ def vary_together(operands: Operands) -> Operands:
 def vary_as(tree: Any, like: Any) -> Any:
     """The arrays of a tree varying over the manual mesh axes that `like` varies over: a kernel's results come without."""
     return jax.tree.map(lambda array: _cast(array, _varying(like)), tree)
+
+
+def traced_unvarying(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """A function of arrays that is traced as outside of any `shard_map`; its results come without axes over which they vary.
+
+    For kernels, whose bodies are programs of one device: jax refuses to trace some of what they use on references that vary
+    over mesh axes (`mpmd_map` in jax 0.12).
+    """
+
+    def run(*arrays: Any) -> list[Any]:
+        if not any(map(_varying, arrays)):
+            return function(*arrays)
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+        return jaxpr_as_fun(jax.make_jaxpr(function)(*shapes))(*arrays)
+
+    return run
 
 
 def _cast(array: Any, axes: frozenset) -> Any:

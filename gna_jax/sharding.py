@@ -385,7 +385,7 @@ def _mesh_of(mesh: Mesh | AbstractMesh | None, query: Any) -> Mesh | AbstractMes
     current = jax.sharding.get_abstract_mesh()
     if mesh is None and not current.empty:
         return current
-    sharding = getattr(query, "sharding", None)
+    sharding = getattr(query, "sharding", None) or jax.typeof(query).sharding
     if mesh is None and isinstance(sharding, NamedSharding):
         mesh = sharding.mesh
     if mesh is None or mesh.empty:

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import gna_jax
 from cuda_ffi import library
-from gna_jax import DeviceSpec, Tiles, backends, gna
+from gna_jax import DeviceSpec, Tiles, backends, gna, gna_sharded
 from gna_jax.backends import cutlass
 from gna_jax.device import KNOWN_DEVICES
 from gna_jax.neighborhood import Neighborhood
@@ -375,6 +375,28 @@ def test_lowers_for_cuda_to_one_call_with_its_attributes(handlers, device, queri
     # The same trace for a CPU is the xla backend.
     text = jax.jit(run).trace(x, x, x).lower().as_text()
     assert "gna_jax_forward" not in text and "stablehlo.while" in text
+
+
+def test_sharded_calls_keep_it_local(handlers):
+    """Batch and heads over a mesh: it gets shards, and nothing is moved. Sharded space is left to who takes slabs."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    x = jax.ShapeDtypeStruct((2, 32, 16, 4, 64), jnp.bfloat16)
+
+    def run(*spec, implementation="cutlass"):
+        options = {"window_size": (8, 8), "implementation": implementation, "device": "b200"}
+        spec = PartitionSpec(*spec)
+        call = lambda q, k, v: gna_sharded(q, k, v, spec=spec, mesh=mesh, overlap=False, **options)
+        text = lowered(call, x, x, x)
+        assert "all_gather" not in text
+        return text
+
+    text = run("x", None, None, "y")
+    (line,) = [line for line in text.splitlines() if "custom_call @gna_jax_forward" in line]
+    assert line.count("tensor<1x32x16x2x64xbf16>") == 4 and "collective_permute" not in text
+    with pytest.raises(NotImplementedError, match="CUTLASS kernels take whole volumes only.*slab"):
+        run(None, "x", "y")
+    text = run(None, "x", "y", implementation=("cutlass", "mosaic"))
+    assert "mosaic_gpu" in text and "gna_jax_forward" not in text and "collective_permute" in text
 
 
 def test_gradients_are_the_pallas_kernels(handlers):
