@@ -3,8 +3,9 @@
     python examples/train_classifier.py
     python examples/train_diffusion.py --judge demo/classifier
 
-It leaves checkpoints, `curve.png` and `samples.png` in `--out`; killed and started again it goes on where
-it was, to the same parameters. With `--judge`, the classifier says how many of 200 samples it takes for the digit asked for.
+Eleven minutes on two CPU cores; the classifier then takes 94.5 % of 200 samples for the digit asked for
+(`docs/pictures/diffusion-samples.png`). It leaves checkpoints, `curve.png` and `samples.png` in `--out`; killed and started
+again it goes on where it was, to the same parameters. Without `--judge` nobody counts.
 
 Read `diffusion_loss` and `write_digits`; preconditioning, guidance and sampler are in `gna_jax/models/hdit_diffusion.py`, the
 loop in `training.py`, the data in `digits.py`.
@@ -80,7 +81,7 @@ def draw_samples(images: Float[np.ndarray, "B 28 28"], path: Path) -> None:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="training steps")] = 4000,
+    steps: Annotated[int, typer.Option(help="training steps")] = 3000,
     batch: Annotated[int, typer.Option(help="images per step")] = 32,
     seed: Annotated[int, typer.Option(help="of the split, the weights and all noise")] = 0,
     accumulate: Annotated[int, typer.Option(help="parts of a batch, for less memory")] = 1,
