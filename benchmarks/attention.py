@@ -78,7 +78,7 @@ def main(
     flex = TorchFlex(torch_python, "cuda" if jax.default_backend() == "gpu" else "cpu")
     wanted = () if peers == "none" else names("peers", peers, PEERS)
     others = {"dense": CudnnDense(), "flex": flex, "tokamax": Tokamax()}
-    known = [rung.name for rung in RUNGS if rung.module is not None]
+    known = [rung.name for rung in RUNGS]
     contestants = [Gna(name) for name in names("implementations", implementations, known)]
     contestants += [others[peer] for peer in wanted]
     device = resolve_device(None)

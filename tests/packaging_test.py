@@ -20,14 +20,15 @@ PACKAGES = ("gna_jax", "pallas_kernels", "cuda_ffi")
 # From the bottom: a module may import modules of its own row and of rows above it in this list.
 LAYERS = (
     ("gna_jax.neighborhood", "gna_jax.device"),
-    ("gna_jax.problem", "gna_jax.tiling"),
+    ("gna_jax.problem", "gna_jax.tiling", "gna_jax.halo"),
     ("gna_jax.mesh_types", "gna_jax.merge", "gna_jax.interpreter"),
     ("gna_jax.simulator",),
     PACKAGES[1:],
     ("gna_jax.backends",),
     ("gna_jax.vjp",),
     ("gna_jax.attention",),
-    ("gna_jax.explanation", "gna_jax.natten"),
+    ("gna_jax.halo_exchange",),
+    ("gna_jax.explanation", "gna_jax.natten", "gna_jax.sharding"),
     ("gna_jax.tuning", "gna_jax.verification"),
     ("gna_jax.inspection",),
     ("gna_jax.pictures",),

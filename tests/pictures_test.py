@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import math
 import pathlib
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from gna_jax.pictures import (
     palette,
     panels,
     seen,
+    shard_halo,
     stride_groups,
     tile_walk,
     tile_work,
@@ -356,6 +358,36 @@ def test_speedup_curve_draws_and_writes_its_points():
     assert max(map(len, lines)) <= 100
 
 
+@pytest.mark.parametrize("cut", [(1, 3), (4, 1), (2, 3)])
+def test_shards_show_the_keys_that_arrive_and_the_queries_that_wait(cut):
+    rng = np.random.default_rng(cut)
+    layout = (12, 15)
+    window = rng.integers(2, 8, 2).tolist()
+    rule = {"window_size": window, "stride": [int(rng.integers(1, w + 1)) for w in window]}
+    see = Neighborhood.of(2, **rule).mask(layout)
+    rows = [length // count for length, count in zip(layout, cut, strict=True)]
+    own = {
+        place: tuple(slice(n * r, (n + 1) * r) for n, r in zip(place, rows, strict=True))
+        for place in itertools.product(*map(range, cut))
+    }
+    # Needed by all shards: a query is interior if it needs no other shard, whichever shard it is in.
+    inside = np.ones(rows, bool)
+    for box in own.values():
+        others = see[box].copy()
+        others[:, :, *box] = False
+        inside &= ~others.any(axis=(2, 3))
+    for place, box in own.items():
+        (panel,) = pictures.shards(layout, **rule, cuts=[cut], shard=place).panels
+        seen_by_any = see[box].any(axis=(0, 1))
+        assert np.array_equal(panel.cells[box] == shard_halo.INTERIOR, inside)
+        assert (panel.cells[box] >= shard_halo.BORDER).all()
+        outside = np.ones(layout, bool)
+        outside[box] = False
+        assert np.array_equal((panel.cells == shard_halo.HALO)[outside], seen_by_any[outside])
+        keys, queries = np.count_nonzero(seen_by_any & outside), math.prod(rows)
+        assert panel.title == f"{cut[0]}x{cut[1]} shards: {keys} keys for {queries} queries"
+
+
 # --- figures, files, terminals --------------------------------------------------------------------------------
 
 
@@ -366,6 +398,7 @@ def test_figures_show_the_same_cells_as_the_panels():
         pictures.mask_1d(20, window_size=6, stride=3),
         pictures.window((6, 9, 8), **rule),
         pictures.strides((12, 12), window_size=4, strides=(1, 4)),
+        pictures.shards((6, 9, 8), **rule, cuts=((2, 3, 1),)),
         pictures.tile_map((6, 9, 8), **rule, **tiles),
         pictures.work_map((6, 9, 8), **rule, **tiles),
     ):
@@ -397,10 +430,12 @@ def test_cells_and_marks_have_the_colours_of_their_kinds(tmp_path):
     assert 6 * next_query < orange
 
 
-@pytest.mark.parametrize("module", [mask, seen, stride_groups, tile_walk], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [mask, seen, shard_halo, stride_groups, tile_walk], ids=lambda m: m.__name__
+)
 def test_without_colours_every_kind_and_mark_has_a_character_of_its_own(module):
     kinds = [kind.text[0] for kind in module.KINDS]
-    marks = {mark.character for mark in module.MARKS}
+    marks = {mark.character for mark in getattr(module, "MARKS", ())}
     assert len(set(kinds)) == len(kinds) and not marks & set(kinds)
     assert all(len(kind.text) == 2 for kind in module.KINDS)
 
@@ -532,6 +567,9 @@ TILES = {"q_tile": 2, "kv_tile": 2}
         (lambda: pictures.tile_map(8, window_size=4, q_tile=0, kv_tile=2), "q_tile must be"),
         (lambda: pictures.work_map(2000, window_size=4, **TILES), "512 Q tiles along a side"),
         (lambda: pictures.work_map(8, window_size=4, q_tile=2, kv_tile=0), "kv_tile must be"),
+        (lambda: pictures.shards((8, 6), window_size=3, cuts=()), "at least one number of shards"),
+        (lambda: pictures.shards((8, 6), window_size=3, cuts=[(3, 1)]), "cut it into 1, 2, 4, 8"),
+        (lambda: pictures.shards(8, window_size=3, cuts=[2], shard=2), "shard must lie inside"),
         (lambda: pictures.speedup_curve([]), "at least one stride's speedups; got none"),
     ],
 )

@@ -1,4 +1,6 @@
-"""`gna-jax simulate`: what windows, strides and tiles cost, for a preset, for one window, or for a wanted sparsity or speedup."""
+"""`gna-jax simulate`: what windows, strides and tiles cost, for a preset, for one window, or for a wanted sparsity or speedup;
+and what it costs to cut the layout over devices (`shard_report`).
+"""
 
 import dataclasses
 import json
@@ -11,7 +13,8 @@ from rich.table import Table
 
 from gna_jax.cli import arguments
 from gna_jax.cli.arguments import one_or_per_axis, per_axis, plain_errors
-from gna_jax.neighborhood import by
+from gna_jax.cli.shard_report import ShardReport, Volume, shard_report
+from gna_jax.neighborhood import Neighborhood, by
 from gna_jax.simulator import PRESETS, Candidate, Preset, best_tiles, search
 from gna_jax.simulator.budgets import TileBudget, tile_budget
 from gna_jax.simulator.cost import duration
@@ -66,12 +69,25 @@ def simulate(
     ] = None,
     steps: Annotated[int, typer.Option(help="sampling steps of a run")] = 1,
     dense_steps: Annotated[int, typer.Option(help="of these, steps that stay dense")] = 0,
-    top: Annotated[int, typer.Option(help="rows to print of the Pareto front", min=1)] = 12,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            help="cut the layout over devices: how many, as 8, or per axis, as 1x4x2; several: 2,4,8"
+        ),
+    ] = None,
+    axis: Annotated[
+        str | None,
+        typer.Option(help="axes that --shards and --plan may cut, as 0 or 0,1; else all"),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="cut over 2, 4, 8 .. 512 devices")] = False,
+    top: Annotated[int, typer.Option(help="rows to print of a table", min=1)] = 12,
     as_json: arguments.Json = False,
 ) -> None:
     """Print speedups of windows and strides with their best tiles, from fastest to closest to a sliding window.
 
     gna-jax simulate --preset hunyuan-91; gna-jax simulate 30x48x80 -w 18x24x24; gna-jax simulate 256x256 --sparsity 0.9
+
+    Over several devices, bytes exchanged and predicted times: gna-jax simulate --preset flux-4k --shards 8 --axis 0, or --plan
     """
     with plain_errors():
         if (layout is None) == (preset is None):
@@ -80,8 +96,10 @@ def simulate(
                 f" got layout={layout}, preset={preset}; presets: {', '.join(PRESETS)}"
             )
         budget = _budget(device, tiles, dynamic)
-        if preset is not None:
-            report = _preset_report(_preset(preset), device, additional_keys, budget)
+        named = None if preset is None else _preset(preset)
+        wish = _Wish(window, stride or [], dilation, causal, sparsity, speedup)
+        if named is not None:
+            setting = Setting.of(named, device, additional_keys)
         else:
             setting = Setting(
                 device=device,
@@ -95,8 +113,16 @@ def simulate(
                 steps=steps,
                 dense_steps=dense_steps,
             )
-            wish = _Wish(window, stride or [], dilation, causal, sparsity, speedup)
-            report = _search_report(per_axis("LAYOUT", layout or ""), wish, setting, budget)
+        sizes = named.layout if named is not None else per_axis("LAYOUT", layout or "")
+        if plan or shards is not None:
+            cuts = _Cuts(shards, axis, plan)
+            report = _shard_report(named, sizes, wish, setting, budget, cuts)
+        elif axis is not None:
+            raise ValueError(f"--axis says what --shards or --plan cut; got --axis {axis} alone")
+        elif named is not None:
+            report = _preset_report(named, setting, budget)
+        else:
+            report = _search_report(sizes, wish, setting, budget)
     if as_json:
         typer.echo(json.dumps(report.as_dict(), default=str))
     else:
@@ -113,6 +139,15 @@ class _Wish:
     causal: str
     sparsity: float | None
     speedup: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cuts:
+    """How the user cuts the layout, as options' texts."""
+
+    shards: str | None
+    axis: str | None
+    plan: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,23 +198,20 @@ def _preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def _preset_report(
-    preset: Preset, device: str, additional_keys: int, budget: TileBudget
-) -> _Report:
+def _preset_report(preset: Preset, setting: Setting, budget: TileBudget) -> _Report:
     """The published rules with the best tiles, and what else there is at the same windows."""
-    setting = Setting.of(preset, device, additional_keys)
     published = []
     for rule in dict.fromkeys(one.neighborhood for one in preset.rules):
         tiles = best_tiles(
             rule, preset.layout, budget.q_elements, budget.kv_elements, budget.dynamic
         )
-        simulation = Simulation.of(rule, preset.layout, tiles, additional_keys)
+        simulation = Simulation.of(rule, preset.layout, tiles, setting.additional_keys)
         published.append(estimate(simulation, setting))
     sections = [("published rules, best tiles", tuple(published))]
     sliding = {rule for rule in preset.stride_1_rules if set(rule.dilation) == {1}}
     if len(sliding) == 1:
         windows = [rule.window_size for rule in sliding]
-        front = _search(preset.layout, budget, additional_keys, windows=windows)
+        front = _search(preset.layout, budget, setting.additional_keys, windows=windows)
         title = "Pareto front over all strides: speedup against closeness to the sliding window"
         sections.append((title, tuple(estimate(one.simulation, setting) for one in front)))
     heading = (
@@ -189,6 +221,56 @@ def _preset_report(
         _tiles_line(setting, budget),
     )
     return _Report(heading, tuple(sections))
+
+
+def _shard_report(
+    preset: Preset | None,
+    layout: tuple[int, ...],
+    wish: _Wish,
+    setting: Setting,
+    budget: TileBudget,
+    cuts: _Cuts,
+) -> ShardReport:
+    """Cuts of one rule: the user's, or the preset's that most layers use, and of these the fastest on one device."""
+    if cuts.plan and cuts.shards is not None:
+        raise ValueError(
+            f"--plan chooses the numbers of devices itself; got --shards {cuts.shards} too"
+        )
+    rules = _rules(preset, layout, wish)
+    elements = budget.q_elements, budget.kv_elements
+    volumes = [
+        Volume(rule, layout, best_tiles(rule, layout, *elements, budget.dynamic), setting)
+        for rule in rules
+    ]
+    one = (1,) * len(layout)
+    volume = min(volumes, key=lambda volume: volume.estimate(one).one_device)
+    title = "" if preset is None else f"{preset.title}: "
+    heading = (f"{title}{_call(layout, setting)}", _tiles_line(setting, budget))
+    return shard_report(heading, volume, cuts.shards, cuts.axis)
+
+
+def _rules(preset: Preset | None, layout: tuple[int, ...], wish: _Wish) -> tuple[Neighborhood, ...]:
+    """The rule that the options name, or those of the preset that most layers use."""
+    if preset is not None and wish.window is None and not wish.strides:
+        most = max(len(one.layers) for one in preset.rules)
+        of_most = (one.neighborhood for one in preset.rules if len(one.layers) == most)
+        return tuple(dict.fromkeys(of_most))
+    windows = set() if preset is None else {one.neighborhood.window_size for one in preset.rules}
+    if (wish.window is None and len(windows) != 1) or len(wish.strides) > 1:
+        raise ValueError(
+            "--shards and --plan take one rule: name its --window, and at most one --stride;"
+            f" got --window {wish.window}, --stride {', '.join(wish.strides) or None}"
+        )
+    size = one_or_per_axis("--window", wish.window) if wish.window is not None else windows.pop()
+    rule = Neighborhood.of(
+        len(layout),
+        window_size=size,
+        stride=one_or_per_axis("--stride", wish.strides[0] if wish.strides else "1"),
+        dilation=one_or_per_axis("--dilation", wish.dilation),
+        is_causal=one_or_per_axis("--causal", wish.causal),
+    )
+    rule.check_layout(layout)
+    return (rule,)
 
 
 def _search_report(

@@ -9,6 +9,7 @@ from gna_jax.pictures.mask import mask_1d as mask_1d
 from gna_jax.pictures.picture import Picture as Picture
 from gna_jax.pictures.picture import save as save
 from gna_jax.pictures.seen import window as window
+from gna_jax.pictures.shard_halo import shards as shards
 from gna_jax.pictures.speedup import SpeedupPoint as SpeedupPoint
 from gna_jax.pictures.speedup import simulated_speedups as simulated_speedups
 from gna_jax.pictures.speedup import speedup_curve as speedup_curve
@@ -21,6 +22,7 @@ __all__ = [
     "SpeedupPoint",
     "mask_1d",
     "save",
+    "shards",
     "simulated_speedups",
     "speedup_curve",
     "strides",

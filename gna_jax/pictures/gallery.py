@@ -8,6 +8,7 @@ from gna_jax.pictures import kernel_timelines
 from gna_jax.pictures.mask import mask_1d
 from gna_jax.pictures.picture import Picture
 from gna_jax.pictures.seen import window
+from gna_jax.pictures.shard_halo import shards
 from gna_jax.pictures.speedup import simulated_speedups, speedup_curve
 from gna_jax.pictures.stride_groups import strides
 from gna_jax.pictures.tile_walk import tile_map
@@ -34,6 +35,7 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "tile-map": lambda: tile_map((64, 64), window_size=24, q_tile=8, kv_tile=8),
     "work-map": lambda: work_map((96, 128), window_size=40, q_tile=8, kv_tile=8),
     "speedup": hunyuan_speedup,
+    "shards": lambda: shards((48, 48), window_size=9, cuts=((8, 1), (4, 2), (4, 4))),
     "hopper-forward": kernel_timelines.hopper_forward,
     "hopper-backward": kernel_timelines.hopper_key_gradient,
     "blackwell-forward": kernel_timelines.blackwell_forward,
