@@ -62,7 +62,7 @@ class Exchange:
 
 
 def exchange_of(hlo: str) -> Exchange:
-    """Count the collective permutes of a compiled program.
+    """Count the collective permutes of float16 in a compiled program.
 
     Raises:
       RuntimeError: for any other collective.
@@ -70,7 +70,8 @@ def exchange_of(hlo: str) -> Exchange:
     received: dict[int, int] = collections.Counter()
     found = collectives(hlo)
     for operation in found:
-        if operation.kind != "collective-permute":
+        is_float16 = {dtype for dtype, _ in operation.arrays} == {"f16"}
+        if operation.kind != "collective-permute" or not is_float16:
             raise RuntimeError(f"the program holds another collective: {operation}")
         for _, receiver in operation.pairs:
             received[receiver] += operation.bytes

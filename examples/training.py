@@ -17,6 +17,8 @@ import matplotlib
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -92,6 +94,7 @@ def train(
     score_every: int = 0,
     folder: Path | None = None,
     save_every: int = 0,
+    sharding: NamedSharding | None = None,
 ) -> Run:
     """AdamW from the model's parameters on, or from the last checkpoint in `folder`.
 
@@ -104,21 +107,23 @@ def train(
       score_every: steps between two scores. There is one at the end in any case.
       folder: of the checkpoints; None: none are written.
       save_every: steps between two checkpoints. There is one at the end in any case.
+      sharding: of a batch's images over a mesh of devices, which may be those of several processes that all call
+        `train` with the same arguments; the parameters are on every device. None: all is on the first device.
 
     Raises:
       ValueError: if the checkpoints in `folder` are of other settings.
     """
     graph, params, fixed = nnx.split(model, nnx.Param, ...)
     optimizer = make_optimizer(settings)
-    # The average starts as a copy: a step takes over its state's memory, and two names for one array cannot give it away.
-    average = jax.tree.map(jnp.copy, params)
-    state = {"params": params, "average": average, "optimizer": optimizer.init(params)}
+    state = first_state(params, optimizer)
+    if sharding is not None:
+        state = jax.tree.map(lambda x: place(x, NamedSharding(sharding.mesh, P())), state)
     run, first = Run(model, [], [], 0.0), 0
     checkpoints = None if folder is None else Checkpoints(folder, settings)
     if checkpoints is not None and checkpoints.last is not None:
         state, run.losses, run.scores = checkpoints.restore(state)
         first = len(run.losses)
-    step = make_step(settings, optimizer, graph, fixed, loss)
+    step = make_step(settings, optimizer, graph, fixed, loss, sharding)
     started = time.perf_counter()
     with progress_bar() as bar:
         task = bar.add_task(
@@ -126,7 +131,10 @@ def train(
         )
         for number in range(first, settings.steps):
             pick = batch_of(settings, number, len(labels))
-            state, value = step(state, number, images[pick], labels[pick])
+            batch = images[pick], labels[pick]
+            if sharding is not None:
+                batch = place_batch(*batch, sharding)
+            state, value = step(state, number, *batch)
             run.losses.append(float(value))
             done = number + 1
             is_last = done == settings.steps
@@ -156,12 +164,20 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     )
 
 
+def first_state(params: nnx.State, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+    """What steps change and checkpoints hold, before the first step."""
+    # The average starts as a copy: a step takes over its state's memory, and two names for one array cannot give it away.
+    average = jax.tree.map(jnp.copy, params)
+    return {"params": params, "average": average, "optimizer": optimizer.init(params)}
+
+
 def make_step(
     settings: Settings,
     optimizer: optax.GradientTransformation,
     graph: nnx.GraphDef,
     fixed: nnx.State,
     loss: Loss,
+    sharding: NamedSharding | None = None,
 ) -> Callable[[Any, int, np.ndarray, np.ndarray], tuple[Any, Array]]:
     """`step(state, number, images, labels) -> (state, loss)`, compiled; the old state's memory becomes the new one's."""
 
@@ -194,7 +210,22 @@ def make_step(
         average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, state["average"], params)
         return {"params": params, "average": average, "optimizer": optimizer_state}, value
 
-    return jax.jit(step, donate_argnums=0)
+    # Left to itself, XLA may spread a parameter over the devices as it spread the gradient.
+    everywhere = None if sharding is None else NamedSharding(sharding.mesh, P())
+    return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+
+
+def place(x: Any, sharding: NamedSharding) -> Array:
+    """An array that every process holds, spread over the devices of all: each process takes its devices' parts."""
+    return jax.make_array_from_process_local_data(sharding, np.asarray(x), x.shape)
+
+
+def place_batch(
+    images: np.ndarray, labels: np.ndarray, sharding: NamedSharding
+) -> tuple[Array, Array]:
+    """Images as `sharding` says, and labels as it says of the images' first axis."""
+    of_labels = NamedSharding(sharding.mesh, P(sharding.spec[0]))
+    return place(images, sharding), place(labels, of_labels)
 
 
 def batch_of(settings: Settings, number: int, size: int) -> np.ndarray:
@@ -253,7 +284,9 @@ class Checkpoints:
         history = history["history"]
         if self._settings is not None:
             self._check(history["settings"])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
         restored = self._manager.restore(
             self.last, args=args.Composite(state=args.StandardRestore(abstract))
         )
@@ -281,9 +314,7 @@ def load_average(folder: Path, model: nnx.Module, settings: Settings) -> Any:
       ValueError: if there is none.
     """
     graph, params, fixed = nnx.split(model, nnx.Param, ...)
-    optimizer = make_optimizer(settings)
-    like = {"params": params, "average": params, "optimizer": optimizer.init(params)}
-    state, _, _ = Checkpoints(folder).restore(like)
+    state, _, _ = Checkpoints(folder).restore(first_state(params, make_optimizer(settings)))
     return nnx.merge(graph, state["average"], fixed)
 
 
@@ -304,6 +335,7 @@ def progress_bar() -> Progress:
         TextColumn("held-out {task.fields[score]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        disable=jax.process_index() > 0,
     )
 
 

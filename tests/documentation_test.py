@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 import gna_jax
@@ -23,7 +24,7 @@ def _code_blocks(page: pathlib.Path) -> list[str]:
 
 
 def test_ten_lines_of_the_readme_run(capsys):
-    block, _ = _code_blocks(ROOT / "README.md")
+    block, _, sharded = _code_blocks(ROOT / "README.md")
     assert len(block.strip().splitlines()) <= 11
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
@@ -31,11 +32,15 @@ def test_ten_lines_of_the_readme_run(capsys):
     assert names["dq"].shape == names["q"].shape == names["out"].shape
     assert names["lse"].shape == names["q"].shape[:-1]
     assert "xla on" in printed and "window    7x7" in printed
+    exec(compile(sharded, "README.md", "exec"), names)
+    assert names["out"].sharding.spec == names["spec"]
+    want = gna_jax.gna(*(names[name] for name in "qkv"), window_size=7)
+    np.testing.assert_allclose(names["out"], want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.kernel
 def test_kernels_of_the_readme_run_in_the_interpreter():
-    block, interpreted = _code_blocks(ROOT / "README.md")
+    block, interpreted, _ = _code_blocks(ROOT / "README.md")
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
     exec(compile(interpreted, "README.md", "exec"), names)
@@ -72,6 +77,17 @@ def test_choosing_a_window_prints_what_it_says(capsys):
     said = [line.split("  # ")[1] for line in block.splitlines() if "  # " in line]
     assert len(said) == 2 and all(line in printed for line in said), printed
     assert "of the sliding window's pairs are kept" in printed
+
+
+@pytest.mark.slow
+def test_models_page_prints_what_it_says(capsys):
+    """The blocks that need no weights."""
+    blocks = [b for b in _code_blocks(ROOT / "docs/models.md") if "print(" in b]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "models.md", "exec"), {})
+        (said,) = re.findall(r"^print.*  # (.*)$", block, flags=re.M)
+        assert capsys.readouterr().out.strip() == said
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

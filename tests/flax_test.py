@@ -175,7 +175,7 @@ def test_every_argument_reaches_gna(monkeypatch):
         received.append(arguments)
         return jnp.zeros_like(query)
 
-    monkeypatch.setattr(sys.modules["gna_jax.flax.attention_fn"], "gna", spy)
+    monkeypatch.setattr(sys.modules["gna_jax.flax.partition"], "gna", spy)
     static = {
         "window_size": (4, 3),
         "stride": (2, 1),

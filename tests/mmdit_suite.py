@@ -36,7 +36,7 @@ def dense_joint(
     query, key, value, text_query, text_key, text_value, *, text_lengths=None, **options
 ):
     """`gna_joint` by one dense softmax under a mask."""
-    geometry = {k: v for k, v in options.items() if k not in ("implementation", "tiles")}
+    geometry = {k: v for k, v in options.items() if k not in ("implementation", "tiles", "spec")}
     layout, text = query.shape[1:-2], text_query.shape[1]
     tokens = int(np.prod(layout))
     rule = Neighborhood.of(len(layout), **geometry)

@@ -211,7 +211,7 @@ def test_files_of_other_kinds(tmp_path):
         open_checkpoint(tmp_path)
     other = tmp_path / "weights.ckpt"
     other.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"or one of .pth, .pt, .bin; got weights.ckpt"):
+    with pytest.raises(ValueError, match=r"or one of .pth, .pth.tar, .pt, .bin; got weights.ckpt"):
         open_checkpoint(other)
     written(tmp_path, name="a.safetensors")
     written(tmp_path, name="b.safetensors")

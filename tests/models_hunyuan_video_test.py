@@ -8,7 +8,7 @@ from flax import nnx
 from mmdit_suite import dense_joint, golden, golden_weights, gradients, run
 
 from gna_jax import Neighborhood
-from gna_jax.models import mmdit
+from gna_jax.models import joint
 from gna_jax.models.checkpoint import count_parameters
 from gna_jax.models.hunyuan_video_checkpoint import hunyuan_video_entries
 from gna_jax.models.hunyuan_video_model import (
@@ -68,7 +68,7 @@ def test_windows_equal_dense_attention_under_their_masks(tmp_path, monkeypatch):
     inputs["text_lengths"] = jnp.array([5, 0], jnp.int32)
     model = _pretrained(tmp_path)
     got = run(model, inputs, RULES)
-    monkeypatch.setattr(mmdit, "gna_joint", dense_joint)
+    monkeypatch.setattr(joint, "gna_joint", dense_joint)
     np.testing.assert_allclose(got, run(model, inputs, RULES), atol=2e-5)
     assert np.abs(got - velocity).max() > 1e-2
 

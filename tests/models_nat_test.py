@@ -161,7 +161,7 @@ def test_without_head(tmp_path):
 
 @functools.cache
 def published(family, size):
-    return nnx.eval_shape(lambda: FAMILIES[family][0](size, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: FAMILIES[family][0](size, drop_path=0.0, rngs=nnx.Rngs(0)))
 
 
 def expand(runs):
@@ -195,7 +195,8 @@ def check_accounted(model, shapes):
     def read():
         raise ReadingBeginsError
 
-    checkpoint = Checkpoint("published", dict.fromkeys(shapes, read), shapes)
+    dtypes = dict.fromkeys(shapes, "float32")
+    checkpoint = Checkpoint("published", dict.fromkeys(shapes, read), shapes, dtypes)
     with pytest.raises(ReadingBeginsError):
         nat_checkpoint.load(model, checkpoint)
 
@@ -228,7 +229,9 @@ def test_published_sizes(family, size):
         assert abs(count / 1e6 - MILLIONS[family, size]) <= 0.51
     check_accounted(model, shapes)
     if family in ("nat", "dinat"):
-        check_accounted(model, golden_shapes("transformers", family, size))
+        # Of transformers' NAT, which its newest version no longer has, only the names differ.
+        keys = golden_shapes("transformers", family, size).items()
+        check_accounted(model, {k.replace("dinat.", f"{family}.", 1): s for k, s in keys})
 
 
 def test_published_dilations():
@@ -255,8 +258,11 @@ def test_other_names_of_transformers(prefix, tmp_path):
     if not prefix:
         del tensors["classifier.weight"], tensors["classifier.bias"]
     want = values(loaded("transformers", tmp_path, num_classes=0))
-    got = values(loaded("transformers", tmp_path, tensors, num_classes=0))
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    dilations = None if prefix == "nat." else config_of("transformers").dilations
+    config = dataclasses.replace(config_of("transformers"), dilations=dilations)
+    model = nnx.eval_shape(lambda: NAT(config, num_classes=0, rngs=nnx.Rngs(0)))
+    model.load_pretrained(write(tmp_path, tensors))
+    jax.tree.map(np.testing.assert_array_equal, values(model), want)
 
 
 def test_own_head_and_buffers(tmp_path):
@@ -392,7 +398,7 @@ def test_a_key_is_split_over_drop_paths():
 def test_without_drop_path_nothing_is_random():
     model = nnx.eval_shape(lambda: NAT(config_of("nat"), rngs=nnx.Rngs(params=0)))
     assert not jax.tree.leaves(nnx.state(model, nnx.RngState))
-    with_rates = published("nat_isotropic", "small")
+    with_rates = nnx.eval_shape(lambda: nat_isotropic("small", rngs=nnx.Rngs(0)))
     keys = nnx.to_flat_state(nnx.state(with_rates, nnx.RngKey))
     assert len(keys) == 12 - 1  # not the first layer
     without = nnx.eval_shape(lambda: nat_isotropic("small", drop_path=0.0, rngs=nnx.Rngs(params=0)))

@@ -71,7 +71,7 @@ def test_published_schedules():
 
 def test_one_rule_is_for_all_layers():
     assert resolve_rules(None, 2) == (None, None)
-    assert resolve_rules(WINDOW, 2, rank=2) == (WINDOW, WINDOW)
+    assert resolve_rules(WINDOW, 2, layout=(9, 9)) == (WINDOW, WINDOW)
     assert resolve_rules([WINDOW, None], 2) == (WINDOW, None)
 
 
@@ -84,7 +84,7 @@ def test_wrong_rules_and_steps():
     with pytest.raises(ValueError, match="got 1 rules for 2 layers"):
         resolve_rules([WINDOW], 2)
     with pytest.raises(ValueError, match="got 2 axes at layer 1"):
-        resolve_rules([None, WINDOW], 2, rank=3)
+        resolve_rules([None, WINDOW], 2, layout=(9, 9, 9))
     with pytest.raises(TypeError, match="got a traced value"):
         jax.jit(schedule.at)(3)
     with pytest.raises(TypeError, match=r"got step=1\.5"):

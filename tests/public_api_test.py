@@ -16,11 +16,14 @@ def test_public_names():
         "attention_fn",
         "explain",
         "gna",
+        "gna_sharded",
         "interpret_gpu",
         "merge_attentions",
+        "merge_over_mesh",
         "na1d",
         "na2d",
         "na3d",
+        "shard_attention",
     ]
     for name in gna_jax.__all__:
         assert getattr(gna_jax, name) is not None

@@ -95,13 +95,13 @@ def check_random(seed):
     assert not any(op.kind == "all-gather" for op in collectives(text))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_problems(seed):
     check_random(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6, 80))
+@pytest.mark.parametrize("seed", range(4, 80))
 def test_more_random_problems(seed):
     check_random(seed)
 
@@ -248,7 +248,7 @@ def test_keys_spread_over_devices_merge():
     assert merge_over_mesh(out, lse, None) == (out, lse)
 
 
-@pytest.mark.parametrize("device", ["h200", "b200"])
+@pytest.mark.parametrize("device", [pytest.param("h200", marks=pytest.mark.slow), "b200"])
 def test_pallas_kernels_stay_local(device):
     """Lowered for GPUs that are not there: kernels get slabs, halos are permuted, nothing is gathered."""
     case = case_of((32, 16), (8, 8), batch=2, kv_heads=4, head_dim=64, value_dim=64)

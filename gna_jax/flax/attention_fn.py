@@ -11,9 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gna_jax.attention import gna
+from gna_jax.flax.partition import attention_over, check_spec
 from gna_jax.neighborhood import WHOLE_GROUP, Flags, Neighborhood, Sizes
 
 Rotary = Callable[[Array, Array], tuple[Array, Array]]
@@ -35,6 +36,7 @@ class NeighborhoodAttentionFn:
     implementation: Any
     tiles: Any
     device: Any
+    spec: PartitionSpec | None = None
 
     @property
     def rank(self) -> int | None:
@@ -91,6 +93,12 @@ class NeighborhoodAttentionFn:
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         query, key, value = (jnp.asarray(array, dtype) for array in (query, key, value))
         batch = query.shape[:batch_axes]
+        if batch_axes != 1 and self.spec is not None:
+            raise ValueError(
+                "spec says how one batch axis, space and heads are sharded, so exactly one batch axis may lead;"
+                f" got {batch_axes} in query of shape {tuple(query.shape)}, spec={self.spec};"
+                " reshape them into one"
+            )
         if batch_axes != 1:
             query, key, value = (
                 array.reshape(math.prod(array.shape[:batch_axes]), *array.shape[batch_axes:])
@@ -124,11 +132,14 @@ class NeighborhoodAttentionFn:
             additional_keys = jnp.asarray(additional_keys, dtype)
         if additional_values is not None:
             additional_values = jnp.asarray(additional_values, dtype)
-        return gna(
+        static = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del static["spec"]
+        check_spec(self.spec, query.ndim - 3)
+        return attention_over(self.spec)(
             query,
             key,
             value,
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            **static,
             relative_position_bias=relative_position_bias,
             additional_keys=additional_keys,
             additional_values=additional_values,
@@ -173,6 +184,7 @@ def attention_fn(
     implementation: str | Sequence[str] | None = None,
     tiles: Any = None,
     device: Any = None,
+    spec: PartitionSpec | None = None,
 ) -> NeighborhoodAttentionFn:
     """Neighborhood attention for `nnx.MultiHeadAttention(attention_fn=...)` and its linen counterpart.
 
@@ -183,9 +195,11 @@ def attention_fn(
       window_size, stride, dilation, is_causal, scale, implementation, tiles, device: as in `gna`. If any of the first
         four names every axis, the number of spatial axes is fixed and further batch axes may lead; else the first axis
         alone is the batch.
+      spec: sharding of `[B, *space, heads, head_dim]` over the mesh of `jax.set_mesh`, as in `gna_sharded`; then one batch
+        axis leads. None: space is not sharded; batch and heads may be.
 
     Raises:
-      ValueError, TypeError: for a geometry that is never legal (`Neighborhood.of`).
+      ValueError, TypeError: for a geometry that is never legal (`Neighborhood.of`), or a spec that does not name every axis.
     """
     geometry = {
         "window_size": window_size,
@@ -194,6 +208,7 @@ def attention_fn(
         "is_causal": is_causal,
     }
     rank = next((len(value) for value in geometry.values() if np.ndim(value)), None)
+    check_spec(spec, rank)
     neighborhood = Neighborhood.of(1 if rank is None else rank, **geometry)
     static = {name: getattr(neighborhood, name) for name in geometry}
     if rank is None:
@@ -201,7 +216,12 @@ def attention_fn(
     if implementation is not None and not isinstance(implementation, str):
         implementation = tuple(implementation)
     return NeighborhoodAttentionFn(
-        **static, scale=scale, implementation=implementation, tiles=tiles, device=device
+        **static,
+        scale=scale,
+        implementation=implementation,
+        tiles=tiles,
+        device=device,
+        spec=spec,
     )
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gna_jax.flax.attention_fn import (
@@ -21,6 +22,7 @@ from gna_jax.flax.attention_fn import (
     check_dropout_rate,
     split_features,
 )
+from gna_jax.flax.partition import sharding_of_sum
 from gna_jax.neighborhood import Flags, Sizes
 
 
@@ -57,6 +59,7 @@ class GNAttention(nn.Module):
     implementation: str | Sequence[str] | None = None
     tiles: Any = None
     device: Any = None
+    spec: PartitionSpec | None = None
 
     @nn.compact
     def __call__(
@@ -105,6 +108,9 @@ class GNAttention(nn.Module):
         )
         out = self._linear(
             name="out",
+            dot_general=functools.partial(
+                jax.lax.dot_general, out_sharding=sharding_of_sum(heads, 2)
+            ),
             features=features if self.out_features is None else self.out_features,
             axis=(-2, -1),
             kernel_init=self.kernel_init if self.out_kernel_init is None else self.out_kernel_init,
@@ -152,4 +158,5 @@ class GNAttention(nn.Module):
             implementation=self.implementation,
             tiles=self.tiles,
             device=self.device,
+            spec=self.spec,
         )

@@ -12,9 +12,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gna_jax.flax.attention_fn import Rotary, attention_fn, check_dropout_rate, split_features
+from gna_jax.flax.attention_fn import (
+    Rotary,
+    attention_fn,
+    check_dropout_rate,
+    split_features,
+)
+from gna_jax.flax.partition import into_heads, out_of_heads, over_heads, sharding_of_sum
 from gna_jax.neighborhood import Flags, Sizes
 
 _LECUN_NORMAL = nnx.initializers.lecun_normal()
@@ -48,7 +55,10 @@ class GNAttention(nnx.Module):
       rotary: callable `(query, key) -> (query, key)` on [B, *space, heads, head_dim], after the norm; an nnx.Module
         with parameters is fine.
       kernel_metadata, bias_metadata: metadata of the parameters, e.g. `{"out_sharding": (None, "model", None)}`;
-        `out_kernel_metadata`, `out_bias_metadata` default to them.
+        `out_kernel_metadata`, `out_bias_metadata` default to them or to the spec's.
+      spec: sharding of `[B, *space, heads, head_dim]` over the mesh of `jax.set_mesh`, as in `gna_jax.gna_sharded`, one entry
+        per axis; inputs and outputs are sharded as its batch and space. Where it shards heads, so does the default
+        metadata of the projections and the position bias. None: space is not sharded.
       rngs: `params`, and `dropout` if `out_dropout_rate` is above 0.
 
     Raises:
@@ -84,6 +94,7 @@ class GNAttention(nnx.Module):
         implementation: str | Sequence[str] | None = None,
         tiles: Any = None,
         device: Any = None,
+        spec: PartitionSpec | None = None,
         kernel_metadata: Mapping[str, Any] | None = None,
         out_kernel_metadata: Mapping[str, Any] | None = None,
         bias_metadata: Mapping[str, Any] | None = None,
@@ -106,6 +117,7 @@ class GNAttention(nnx.Module):
             implementation=implementation,
             tiles=tiles,
             device=device,
+            spec=spec,
         )
         linear = functools.partial(
             nnx.LinearGeneral,
@@ -115,23 +127,26 @@ class GNAttention(nnx.Module):
             precision=precision,
             rngs=rngs,
         )
-        into_heads = _made_by(kernel_init, bias_init, kernel_metadata, bias_metadata)
-        out_of_heads = into_heads | _made_by(
-            out_kernel_init, out_bias_init, out_kernel_metadata, out_bias_metadata
-        )
+        into = _made_by(kernel_init, bias_init, kernel_metadata, bias_metadata)
+        out_of = into | out_of_heads(spec)
+        into = into_heads(spec) | into
+        out_of |= _made_by(out_kernel_init, out_bias_init, out_kernel_metadata, out_bias_metadata)
         # In the order of nnx.MultiHeadAttention, so that equal rngs give equal parameters.
-        self.query = linear(in_features, (num_heads, head_dim), **into_heads)
-        self.key = linear(in_features, (kv_heads, head_dim), **into_heads)
-        self.value = linear(in_features, (kv_heads, head_dim), **into_heads)
+        self.query = linear(in_features, (num_heads, head_dim), **into)
+        self.key = linear(in_features, (kv_heads, head_dim), **into)
+        self.value = linear(in_features, (kv_heads, head_dim), **into)
         norm = functools.partial(
             nnx.LayerNorm, head_dim, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.query_ln = norm() if normalize_qk else None
         self.key_ln = norm() if normalize_qk else None
         out_features = in_features if out_features is None else out_features
-        self.out = linear((num_heads, head_dim), out_features, axis=(-2, -1), **out_of_heads)
+        self.out = linear((num_heads, head_dim), out_features, axis=(-2, -1), **out_of)
+        zeros = lambda shape: nnx.Param(
+            jnp.zeros(shape, param_dtype), **over_heads(spec, 0, len(shape))
+        )
         self.relative_position_bias = (
-            nnx.Param(jnp.zeros(self.attention_fn.position_bias_shape(num_heads), param_dtype))
+            zeros(self.attention_fn.position_bias_shape(num_heads))
             if relative_position_bias
             else None
         )
@@ -160,7 +175,7 @@ class GNAttention(nnx.Module):
             as they are (neither normalized nor rotated) and cast to the dtype of the computation.
           deterministic: no dropout if True; takes precedence over the constructor's.
           rngs: source of the dropout key; takes precedence over the constructor's.
-          out_sharding: sharding of the result, which an Explicit mesh asks for where heads are sharded.
+          out_sharding: sharding of the result on an Explicit mesh. Default: batch and space as the attention leaves them.
 
         Raises:
           ValueError: for inputs of another rank or width, or a call that `gna` rejects.
@@ -181,6 +196,8 @@ class GNAttention(nnx.Module):
             additional_lengths=additional_lengths,
             precision=self.precision,
         )
+        if out_sharding is None:
+            out_sharding = sharding_of_sum(heads, 2)
         out = self.out(heads, out_sharding=out_sharding)
         if self.dropout is None:
             return out

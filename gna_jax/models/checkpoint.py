@@ -7,6 +7,8 @@ downloaded.
 import dataclasses
 import json
 import math
+import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding
 
 _INDEX = ".safetensors.index.json"
-_PICKLES = (".pth", ".pt", ".bin")
+_PICKLES = (".pth", ".pth.tar", ".pt", ".bin")
 _WRAPPERS = ("model", "state_dict", "state_dict_ema")
 """Under these keys training scripts store the tensors, beside optimizer states and step numbers."""
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Dtypes that weights are read in, by their names in safetensors."""
 _SHOWN = 8
 """Keys that an error names before it only counts."""
 
@@ -28,13 +33,23 @@ _SHOWN = 8
 class Checkpoint(Mapping[str, np.ndarray]):
     """Tensors by key, each read when it is asked for; made by `open_checkpoint`."""
 
-    def __init__(self, name: str, readers: Mapping[str, Callable[[], np.ndarray]], shapes: Mapping):
+    def __init__(
+        self,
+        name: str,
+        readers: Mapping[str, Callable[[], np.ndarray]],
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, str],
+    ):
         self.name = name
         self._readers = readers
         self._shapes = shapes
+        self._dtypes = dtypes
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self._readers[key]()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._readers  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)
@@ -46,15 +61,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
         """Of one tensor, without reading it."""
         return self._shapes[key]
 
+    def dtype(self, key: str) -> str:
+        """Name of one tensor's dtype, `bfloat16` say, without reading it."""
+        return self._dtypes[key]
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a `.safetensors` file, a folder or index of several, or a PyTorch `.pth`, `.pt` or `.bin` file.
+    """Open a `.safetensors` file, a folder or index of several, or a PyTorch `.pth`, `.pth.tar`, `.pt` or `.bin` file.
 
     Of a folder (as diffusers and transformers write them) the index is taken, or the only `.safetensors` file in it.
     PyTorch's files need torch, and are read with `weights_only=True`: nothing in them is executed. bfloat16 stays bfloat16.
 
     Raises:
-      ValueError: a file of another kind, or a folder without weights or with several.
+      ValueError: a file of another kind, damaged, or with more than tensors; a folder without weights or with several.
       FileNotFoundError: nothing there, or a shard that the index names is missing.
       RuntimeError: safetensors, or torch for a PyTorch file, is not installed.
     """
@@ -64,13 +83,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}; give a file that exists")
     if path.name.endswith(_INDEX):
-        files = json.loads(path.read_text())["weight_map"]
-        shards = {name: _open_safetensors(path.parent / name) for name in set(files.values())}
-        readers = {key: shards[name]._readers[key] for key, name in files.items()}
-        return Checkpoint(str(path), readers, {k: shards[n].shape(k) for k, n in files.items()})
+        return _open_index(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    if path.suffix in _PICKLES:
+    if path.name.endswith(_PICKLES):
         return _open_pickle(path)
     raise ValueError(
         f"a checkpoint is a .safetensors file, its {_INDEX}, a folder of these, or one of {', '.join(_PICKLES)};"
@@ -124,30 +140,40 @@ def load_parameters(
     checkpoint: Checkpoint,
     entries: Mapping[str, Entry],
     ignored: Callable[[str], bool] = lambda key: False,
+    kinds: tuple[type[nnx.Variable], ...] = (nnx.Param,),
 ) -> None:
     """Put a checkpoint into a model, all of it or, where anything is wrong, nothing.
 
     A parameter keeps its dtype and its sharding. The model may be abstract (`nnx.eval_shape(lambda: Model(..))`): then
-    a parameter is made here, and no memory is spent on initial values.
+    a parameter is made here, and no memory is spent on initial values. Old values are kept until all new ones are there.
 
     Args:
-      model: every `nnx.Param` of it gets a value.
+      model: every variable of `kinds` in it gets a value.
       entries: by parameter, its path in the model joined by dots: `levels.0.blocks.1.attention.query.kernel`.
       ignored: keys of the file that may stay unused.
+      kinds: of variables that the file holds.
 
     Raises:
-      ValueError: parameters without an entry, keys that the file lacks or that nothing uses, shapes that differ.
+      ValueError: parameters without an entry, keys that the file lacks or that nothing uses, shapes that differ, tensors that
+        are not of floating point; an abstract model with more than these variables, such as the keys of dropout.
     """
-    state = nnx.state(model, nnx.Param)
+    state = nnx.state(model, kinds)
     params = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
     _check_names(params, checkpoint, entries, ignored)
     _check_shapes(params, checkpoint, entries)
+    _check_dtypes(checkpoint, entries)
+    _check_the_rest(nnx.state(model, nnx.Not(kinds)))
+    values = []  # all before the first one is set: reading may fail
     for path, param in params.items():
         entry = entries[path]
         old = param.get_value()
         new = jnp.asarray(entry.convert(*(checkpoint[key] for key in entry.sources)), old.dtype)
         sharding = getattr(old, "sharding", None)
-        param.set_value(new if sharding is None else jax.device_put(new, sharding))
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
+            sharding = sharding.spec  # an abstract model names no devices: those of jax.set_mesh
+        values.append(new if sharding is None else jax.device_put(new, sharding))
+    for param, value in zip(params.values(), values, strict=True):
+        param.set_value(value)
     nnx.update(model, state)
 
 
@@ -198,6 +224,31 @@ def _check_shapes(
             )
 
 
+def _check_dtypes(checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> None:
+    """Tensors hold numbers that mean what they say: integers and 8-bit floats are of quantized weights."""
+    keys = {key for entry in entries.values() for key in entry.sources}
+    wrong = {key for key in keys if checkpoint.dtype(key) not in _FLOATS.values()}
+    if wrong:
+        raise ValueError(
+            f"weights must be {', '.join(_FLOATS.values())}; got {_few(f'{k} of {checkpoint.dtype(k)}' for k in wrong)}"
+            f" in {checkpoint.name}; quantized weights are not read, give those that they were made from"
+        )
+
+
+def _check_the_rest(state: Any) -> None:
+    """What the file does not hold has a value."""
+    bare = [
+        ".".join(map(str, path))
+        for path, variable in nnx.to_flat_state(state)
+        if isinstance(variable.get_value(), jax.ShapeDtypeStruct)
+    ]
+    if bare:
+        raise ValueError(
+            f"a model made by nnx.eval_shape may hold nothing but what the checkpoint has; got {_few(bare)} without a value,"
+            " random keys of dropout say; switch dropout off (drop_path=0.0), or make the model without nnx.eval_shape"
+        )
+
+
 def _few(keys: Any) -> str:
     keys = sorted(keys)
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
@@ -207,29 +258,64 @@ def _few(keys: Any) -> str:
 def _weights_in(folder: Path) -> Path:
     """The one index of a folder, or its one `.safetensors` file."""
     found = sorted(folder.glob(f"*{_INDEX}")) or sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
+    if len(found) == 1:
+        return found[0]
+    others = [path for path in sorted(folder.iterdir()) if path.name.endswith(_PICKLES)]
+    others += sorted({path.parent for path in folder.glob("*/*.safetensors")})
+    raise ValueError(
+        f"a folder must hold one {_INDEX} or one .safetensors file; got {[f.name for f in found]} in {folder};"
+        f" give the file itself{f', or one of: {_few(map(str, others))}' if others else ''}"
+    )
+
+
+def _open_index(path: Path) -> Checkpoint:
+    try:
+        files = dict(json.loads(path.read_text())["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"a folder must hold one {_INDEX} or one .safetensors file; got {[f.name for f in found]} in {folder};"
-            " give the file itself"
+            f"an index is JSON with the shard of every key under weight_map; got {path} ({error!r}); download it again"
+        ) from error
+    names = sorted(set(files.values()))
+    if missing := [name for name in names if not (path.parent / name).exists()]:
+        raise FileNotFoundError(
+            f"{path} names a shard that is not there: {_few(missing)}; download every shard into that folder"
         )
-    return found[0]
+    shards = {name: _open_safetensors(path.parent / name) for name in names}
+    if lost := [f"{key} in {name}" for key, name in files.items() if key not in shards[name]]:
+        raise ValueError(
+            f"every key of an index must be in its shard; {path} lacks {_few(lost)}; download index and shards together"
+        )
+    return Checkpoint(
+        str(path),
+        {key: shards[name]._readers[key] for key, name in files.items()},
+        {key: shards[name].shape(key) for key, name in files.items()},
+        {key: shards[name].dtype(key) for key, name in files.items()},
+    )
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise RuntimeError(
             "reading .safetensors needs the package safetensors, which is not installed;"
             " pip install 'gna-jax[models]'"
         ) from error
-    if not path.exists():
-        raise FileNotFoundError(f"the index names a shard that is not there: {path}")
-    file = safe_open(path, framework="np")
+    try:
+        file = safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no whole .safetensors file of {path.stat().st_size} bytes ({error}); download it again"
+            " (some hundred bytes are a pointer of Git LFS: git lfs pull)"
+        ) from error
     keys = list(file.keys())
     readers = {key: lambda key=key: file.get_tensor(key) for key in keys}
-    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-    return Checkpoint(str(path), readers, shapes)
+    slices = {key: file.get_slice(key) for key in keys}
+    shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+    dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
+    return Checkpoint(
+        str(path), readers, shapes, {key: _FLOATS.get(name, name) for key, name in dtypes.items()}
+    )
 
 
 def _open_pickle(path: Path) -> Checkpoint:
@@ -240,15 +326,43 @@ def _open_pickle(path: Path) -> Checkpoint:
             f"{path.suffix} files are PyTorch's, and torch is not installed;"
             " pip install torch, or save the checkpoint as .safetensors"
         ) from error
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    while wrapper := next((name for name in _WRAPPERS if _holds_tensors(tensors, name)), None):
-        tensors = tensors[wrapper]
-    readers = {key: lambda tensor=tensor: _as_numpy(tensor) for key, tensor in tensors.items()}
-    return Checkpoint(str(path), readers, {key: tuple(t.shape) for key, t in tensors.items()})
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ValueError(
+            f"a PyTorch file must hold tensors and nothing that reading would have to execute; got {path} with"
+            f" {found[1] if found else 'a pickle of something else'}; if you trust it, save its tensors alone:"
+            " torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth'), with the key that it has"
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"{path} of {path.stat().st_size} bytes is damaged or was not written by torch.save ({error!r});"
+            " download it again"
+        ) from error
+    tensors = _tensors_of(stored, path)
+    return Checkpoint(
+        str(path),
+        {key: lambda tensor=tensor: _as_numpy(tensor) for key, tensor in tensors.items()},
+        {key: tuple(tensor.shape) for key, tensor in tensors.items()},
+        {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()},
+    )
 
 
-def _holds_tensors(stored: Mapping[str, Any], name: str) -> bool:
-    return isinstance(stored.get(name), Mapping)
+def _tensors_of(stored: Any, path: Path) -> Mapping[str, Any]:
+    """The mapping of tensors in what a training script saved."""
+    while isinstance(stored, Mapping) and (
+        wrapper := next((n for n in _WRAPPERS if isinstance(stored.get(n), Mapping)), None)
+    ):
+        stored = stored[wrapper]
+    told = f"a PyTorch file must hold tensors by key, at its top or under {', '.join(_WRAPPERS)}"
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"{told}; got a {type(stored).__name__} in {path}; save a state_dict")
+    if others := {str(key) for key, value in stored.items() if not hasattr(value, "detach")}:
+        raise ValueError(
+            f"{told}; got something else under {_few(others)} in {path}; save the state_dict alone"
+        )
+    return stored
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:

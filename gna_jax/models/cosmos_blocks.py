@@ -11,9 +11,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gna_jax.attention import gna
+from gna_jax.flax.partition import (
+    attention_over,
+    check_spec,
+    into_heads,
+    into_hidden,
+    out_of_heads,
+    out_of_hidden,
+    over_shards,
+    summed_over,
+)
 from gna_jax.models.cosmos_presets import CosmosConfig
 from gna_jax.models.joint import hide_padding
 from gna_jax.models.rotary import Rotation, rotate
@@ -42,6 +52,8 @@ class CosmosSelfAttention(nnx.Module):
       num_heads, head_dim: attention heads and their size; C is their product.
       implementation: as in `gna`.
       tiles: as in `gna`, for calls with a window; dense ones choose their own.
+      spec: sharding of `[B, *space, heads, head_dim]`, one entry per axis, as in `gna_jax.gna_sharded`; where it shards heads,
+        weights are sharded alike (`gna_jax.flax.partition`). None: space is not sharded.
       dtype, param_dtype: of the computation (default: the inputs') and of the parameters.
       rngs: `params`.
     """
@@ -53,22 +65,24 @@ class CosmosSelfAttention(nnx.Module):
         *,
         implementation: str | Sequence[str] | None = None,
         tiles: Tiles | None = None,
+        spec: PartitionSpec | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if implementation is not None and not isinstance(implementation, str):
             implementation = tuple(implementation)  # hashable, as static attributes must be
-        self.implementation, self.tiles = implementation, tiles
+        check_spec(spec)
+        self.implementation, self.tiles, self.spec = implementation, tiles, spec
         made: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         project = functools.partial(nnx.LinearGeneral, use_bias=False, **made)
         features, heads = num_heads * head_dim, (num_heads, head_dim)
-        self.query = project(features, heads)
-        self.key = project(features, heads)
-        self.value = project(features, heads)
+        self.query, self.key, self.value = (
+            project(features, heads, **into_heads(spec)) for _ in range(3)
+        )
         self.query_norm = rms_norm(head_dim, ATTENTION_EPSILON, **made)
         self.key_norm = rms_norm(head_dim, ATTENTION_EPSILON, **made)
-        self.out = project(heads, features, axis=(-2, -1))
+        self.out = project(heads, features, axis=(-2, -1), **out_of_heads(spec))
 
     def __call__(
         self,
@@ -93,21 +107,26 @@ class CosmosSelfAttention(nnx.Module):
             key = rotate(key, rotation, interleaved=False)
         window = window_arguments(rule, self.tiles)
         value = self.value(x)
-        return self.out(gna(query, key, value, implementation=self.implementation, **window))
+        check_spec(self.spec, x.ndim - 2)
+        attend = attention_over(self.spec)
+        heads = attend(query, key, value, implementation=self.implementation, **window)
+        return summed_over(self.out, heads, 2)
 
 
 class CosmosCrossAttention(nnx.Module):
     """Attention of every token to the text, no biases, no positions. Parameters named as in `CosmosSelfAttention`."""
 
-    def __init__(self, config: CosmosConfig, **made: Any):
+    def __init__(self, config: CosmosConfig, spec: PartitionSpec | None, **made: Any):
+        self.spec = spec
         project = functools.partial(nnx.LinearGeneral, use_bias=False, **made)
         heads = (config.num_heads, config.head_dim)
-        self.query = project(config.features, heads)
-        self.key = project(config.text_features, heads)
-        self.value = project(config.text_features, heads)
+        sources = config.features, config.text_features, config.text_features
+        self.query, self.key, self.value = (
+            project(features, heads, **into_heads(spec)) for features in sources
+        )
         self.query_norm = rms_norm(config.head_dim, ATTENTION_EPSILON, **made)
         self.key_norm = rms_norm(config.head_dim, ATTENTION_EPSILON, **made)
-        self.out = project(heads, config.features, axis=(-2, -1))
+        self.out = project(heads, config.features, axis=(-2, -1), **out_of_heads(spec))
 
     def __call__(
         self,
@@ -117,10 +136,15 @@ class CosmosCrossAttention(nnx.Module):
     ) -> Float[Array, "B *space C"]:
         """Attend to the first `text_lengths` text tokens of each sample, or to all."""
         text = hide_padding(text, text_lengths)
-        query = self.query_norm(self.query(x.reshape(x.shape[0], -1, x.shape[-1])))
-        key, value = self.key_norm(self.key(text)), self.value(text)
-        heads = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=text_lengths)
-        return self.out(heads).reshape(x.shape)
+        query, key = self.query_norm(self.query(x)), self.key_norm(self.key(text))
+        attend = _attend_text
+        if self.spec is not None:
+            # In flat tokens the partitioner could not express how a grid is sharded.
+            batch, *_, heads, _ = self.spec
+            rows, lengths = PartitionSpec(batch, None, heads), PartitionSpec(batch)
+            specs = self.spec, rows, rows, None if text_lengths is None else lengths
+            attend = over_shards(attend, specs, self.spec)
+        return summed_over(self.out, attend(query, key, self.value(text), text_lengths), 2)
 
 
 class AdaptiveNorm(nnx.Module):
@@ -160,6 +184,7 @@ class CosmosBlock(nnx.Module):
         *,
         implementation: str | Sequence[str] | None = None,
         tiles: Tiles | None = None,
+        spec: PartitionSpec | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -169,13 +194,19 @@ class CosmosBlock(nnx.Module):
         norm = functools.partial(AdaptiveNorm, features, config.modulation_rank, **made)
         self.norm_1 = norm()
         self.attention = CosmosSelfAttention(
-            config.num_heads, config.head_dim, implementation=implementation, tiles=tiles, **made
+            config.num_heads,
+            config.head_dim,
+            implementation=implementation,
+            tiles=tiles,
+            spec=spec,
+            **made,
         )
         self.norm_2 = norm()
-        self.cross_attention = CosmosCrossAttention(config, **made)
+        self.cross_attention = CosmosCrossAttention(config, spec, **made)
         self.norm_3 = norm()
-        self.mlp_in = nnx.Linear(features, hidden, use_bias=False, **made)
-        self.mlp_out = nnx.Linear(hidden, features, use_bias=False, **made)
+        linear = functools.partial(nnx.Linear, use_bias=False, **made)
+        self.mlp_in = linear(features, hidden, **into_hidden(spec))
+        self.mlp_out = linear(hidden, features, **out_of_hidden(spec))
 
     def __call__(
         self,
@@ -205,7 +236,19 @@ class CosmosBlock(nnx.Module):
         y, (gate,) = self.norm_2(x, time)
         x = x + gate * self.cross_attention(y, text, text_lengths)
         y, (gate,) = self.norm_3(x, time)
-        return x + gate * self.mlp_out(nnx.gelu(self.mlp_in(y), approximate=False))
+        hidden = nnx.gelu(self.mlp_in(y), approximate=False)
+        return x + gate * summed_over(self.mlp_out, hidden)
+
+
+def _attend_text(
+    query: Float[Array, "B *space N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N H"],
+    text_lengths: Int[Array, " B"] | None,
+) -> Float[Array, "B *space N H"]:
+    flat = query.reshape(query.shape[0], -1, *query.shape[-2:])
+    out = jax.nn.dot_product_attention(flat, key, value, key_value_seq_lengths=text_lengths)
+    return out.reshape(query.shape)
 
 
 def rms_norm(features: int, epsilon: float, **made: Any) -> nnx.RMSNorm:

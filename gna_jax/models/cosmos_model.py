@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gna_jax.flax.partition import check_spec
 from gna_jax.models.checkpoint import load_parameters, open_checkpoint
 from gna_jax.models.cosmos_blocks import (
     NORM_EPSILON,
@@ -29,7 +31,8 @@ from gna_jax.models.cosmos_blocks import (
 )
 from gna_jax.models.cosmos_checkpoint import cosmos_entries
 from gna_jax.models.cosmos_presets import COSMOS, CosmosConfig
-from gna_jax.models.mmdit import check_width
+from gna_jax.models.joint import as_text_lengths
+from gna_jax.models.mmdit import check_batch, check_width
 from gna_jax.models.remat import run_block
 from gna_jax.models.rotary import Rotation, axial_rotation, inverse_frequencies
 from gna_jax.models.schedule import Rule, resolve_rules
@@ -68,7 +71,7 @@ class CosmosTransformer(nnx.Module):
 
     Args:
       config: the size.
-      implementation, tiles: as in `CosmosSelfAttention`.
+      implementation, tiles, spec: as in `CosmosSelfAttention`; latents are sharded as the spec's batch and space.
       remat: recompute each block in the backward, except its attention.
       dtype, param_dtype: of the computation (None: the common dtype of inputs and parameters) and of the parameters.
       rngs: `params`.
@@ -83,11 +86,13 @@ class CosmosTransformer(nnx.Module):
         *,
         implementation: str | Sequence[str] | None = None,
         tiles: Tiles | None = None,
+        spec: PartitionSpec | None = None,
         remat: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_spec(spec, rank=3)
         self.config = config
         self.remat = remat
         made: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -102,11 +107,9 @@ class CosmosTransformer(nnx.Module):
         self.time_1 = linear(width, width)
         self.time_2 = linear(width, 3 * width)
         self.time_norm = rms_norm(width, NORM_EPSILON, **made)
+        options: dict[str, Any] = {"implementation": implementation, "tiles": tiles, "spec": spec}
         self.blocks = nnx.List(
-            [
-                CosmosBlock(config, implementation=implementation, tiles=tiles, **made)
-                for _ in range(config.num_layers)
-            ]
+            [CosmosBlock(config, **options, **made) for _ in range(config.num_layers)]
         )
         self.norm_out = AdaptiveNorm(width, config.modulation_rank, vectors=2, **made)
         self.out = linear(width, config.out_channels * patch)
@@ -146,9 +149,11 @@ class CosmosTransformer(nnx.Module):
         """
         config = self.config
         check_width("text", text, 3, config.text_features)
-        rules = resolve_rules(rules, self.num_layers, rank=3)
         inputs = _with_masks(config, latents, condition_mask, padding_mask)
         layout = _layout(config, latents.shape[1:4])
+        check_batch(latents.shape[0], timesteps=timesteps, text=text, condition_mask=condition_mask)
+        text_lengths = as_text_lengths(text_lengths, *text.shape[:2])
+        rules = resolve_rules(rules, self.num_layers, layout)
         x = self.patch_embed(_to_patches(inputs, config.patch_size))
         time = self._time_vectors(timesteps, layout, x.dtype)
         rotation = cosmos_rotation(config, layout, fps)

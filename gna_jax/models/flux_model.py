@@ -13,13 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gna_jax.flax.partition import check_spec
 from gna_jax.models.checkpoint import load_parameters, open_checkpoint
 from gna_jax.models.flux_checkpoint import flux_entries
-from gna_jax.models.joint import hide_padding
+from gna_jax.models.joint import as_text_lengths, hide_padding
 from gna_jax.models.mmdit import (
     JointTransformer,
+    check_batch,
     check_rotary_dims,
     check_width,
 )
@@ -74,7 +77,7 @@ class FluxTransformer(JointTransformer):
 
     Args:
       config: the size.
-      implementation, tiles: as in the blocks.
+      implementation, tiles, spec: as in the blocks; latents are sharded as the spec's batch and space.
       remat: recompute each block in the backward, except its attention.
       dtype, param_dtype: of the computation (None: the common dtype of inputs and parameters) and of the parameters.
       rngs: `params`.
@@ -92,13 +95,15 @@ class FluxTransformer(JointTransformer):
         *,
         implementation: str | Sequence[str] | None = None,
         tiles: Tiles | None = None,
+        spec: PartitionSpec | None = None,
         remat: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         made: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        options = {"implementation": implementation, "tiles": tiles, "remat": remat}
+        check_spec(spec, rank=2)
+        options = {"implementation": implementation, "tiles": tiles, "spec": spec, "remat": remat}
         super().__init__(config, config.out_channels, **options, **made)
         self.image_embedder = nnx.Linear(config.in_channels, config.features, **made)
         self.text_embedder = nnx.Linear(config.text_features, config.features, **made)
@@ -127,14 +132,17 @@ class FluxTransformer(JointTransformer):
             dense.
 
         Raises:
-          ValueError: for inputs of another width, guidance that is missing or unasked for, rules that do not fit, or a
+          ValueError: for inputs of another width or batch, guidance that is missing or unasked for, rules that do not fit, or a
             grid that a window does not fit.
         """
         config = self.config
         check_width("latents", latents, 4, config.in_channels)
         check_width("text", text, 3, config.text_features)
         check_width("pooled_text", pooled_text, 2, config.pooled_features)
-        rules = resolve_rules(rules, self.num_layers, rank=2)
+        named = {"text": text, "pooled_text": pooled_text, "timestep": timestep}
+        check_batch(latents.shape[0], **named, guidance=guidance)
+        text_lengths = as_text_lengths(text_lengths, *text.shape[:2])
+        rules = resolve_rules(rules, self.num_layers, latents.shape[1:3])
         vector = self.condition(pooled_text, timestep, guidance)
         image = self.image_embedder(latents)
         text = self.text_embedder(hide_padding(text, text_lengths))

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from gna_jax.models.checkpoint import (
@@ -14,8 +13,8 @@ from gna_jax.models.checkpoint import (
     open_checkpoint,
     same,
 )
+from gna_jax.models.hdit_layers import Fixed
 
-_FIXED = {"time_emb.weight": "noise_features", "aug_emb.weight": "augmentation_features"}
 _FREQUENCIES = ".pos_emb.freqs"
 """Stored, but the same in every model of a size: they are a formula."""
 
@@ -27,35 +26,21 @@ def load_pretrained(model: nnx.Module, path: str | Path) -> None:
       ValueError: keys that are missing or that nothing uses, shapes that differ; the model is as it was.
       FileNotFoundError, RuntimeError: as of `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(path)
-    fixed: dict[str, Any] = {}
-    for key, name in _FIXED.items():
-        variable = getattr(model, name).weight
-        if key not in checkpoint:
-            raise ValueError(
-                f"{checkpoint.name} lacks the key {key}, the random frequencies of {name};"
-                " give a checkpoint of k-diffusion's image_transformer_v2"
-            )
-        if checkpoint.shape(key)[::-1] != variable.shape:
-            raise ValueError(
-                f"{checkpoint.name} is of another size than the model: {key} {checkpoint.shape(key)} becomes {name}.weight,"
-                f" which is {variable.shape}; make the model in the size of the checkpoint"
-            )
-        fixed[name] = variable
     load_parameters(
         model,
-        checkpoint,
+        open_checkpoint(path),
         entries(model),
-        ignored=lambda key: key in _FIXED or key.endswith(_FREQUENCIES),
+        ignored=lambda key: key.endswith(_FREQUENCIES),
+        kinds=(nnx.Param, Fixed),
     )
-    for key, name in _FIXED.items():
-        fixed[name].set_value(jnp.asarray(checkpoint[key].T, fixed[name].get_value().dtype))
 
 
 def entries(model: Any) -> dict[str, Entry]:
-    """Of every parameter of the model."""
+    """Of every parameter of the model, and of the random frequencies of its conditions."""
     config = model.config
     table = {
+        "noise_features.weight": linear("time_emb.weight"),
+        "augmentation_features.weight": linear("aug_emb.weight"),
         "patch_in.kernel": linear("patch_in.proj.weight"),
         "noise_in.kernel": linear("time_in_proj.weight"),
         "augmentation_in.kernel": linear("aug_in_proj.weight"),

@@ -16,8 +16,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gna_jax.flax.partition import check_spec
 from gna_jax.models import hdit_checkpoint
 from gna_jax.models.hdit_layers import (
     GLOBAL,
@@ -33,6 +35,7 @@ from gna_jax.models.hdit_layers import (
     rows,
     space_to_depth,
 )
+from gna_jax.models.mmdit import check_batch
 from gna_jax.models.remat import KEEP_ATTENTION
 
 AUGMENTATION_FEATURES = 9
@@ -111,6 +114,9 @@ class HDiT(nnx.Module):
       param_dtype: of the parameters.
       remat: recompute each layer's activations in the backward, except those attention stores.
       implementation: of the levels with a window, as in `gna_jax.gna`.
+      spec: sharding of `[B, y, x, heads, head_dim]` on every level, one entry per axis, as in `gna_jax.gna_sharded`; images
+        are sharded as its batch and space. Where it shards heads, the attention's weights are sharded alike. None: space
+        is not sharded.
       rngs: `params`, and `dropout` where a rate is above 0.
     """
 
@@ -122,9 +128,11 @@ class HDiT(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         remat: bool = False,
         implementation: str | Sequence[str] | None = None,
+        spec: PartitionSpec | None = None,
         rngs: nnx.Rngs,
     ):
-        self.config, self.dtype = config, dtype
+        check_spec(spec, rank=2)
+        self.config, self.dtype, self.spec = config, dtype, spec
         levels, features, mapping = config.levels, config.channels, config.mapping
         linear = functools.partial(
             nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
@@ -154,13 +162,16 @@ class HDiT(nnx.Module):
 
         def layers(level: Level) -> nnx.List:
             make = functools.partial(Layer, level, mapping.width, remat=remat, **kinds)
-            return nnx.List([make(implementation=implementation) for _ in range(level.depth)])
+            attention = {"implementation": implementation, "spec": spec}
+            return nnx.List([make(**attention) for _ in range(level.depth)])
 
         pairs = list(itertools.pairwise(levels))
         self.down = nnx.List([layers(level) for level in levels[:-1]])
         self.merges = nnx.List([linear(4 * fine.width, coarse.width) for fine, coarse in pairs])
         self.middle = layers(levels[-1])
-        self.splits = nnx.List([Split(coarse.width, fine.width, **kinds) for fine, coarse in pairs])
+        self.splits = nnx.List(
+            [Split(coarse.width, fine.width, spec=spec, **kinds) for fine, coarse in pairs]
+        )
         self.up = nnx.List([layers(level) for level in levels[:-1]])
         self.out_norm = RMSNorm(levels[0].width, param_dtype=param_dtype)
         self.patch_out = linear(
@@ -190,7 +201,7 @@ class HDiT(nnx.Module):
           rngs: source of the dropout keys; default the constructor's.
 
         Raises:
-          ValueError: for images that the levels do not cut into whole tokens, a missing or unexpected condition, or a
+          ValueError: for images that the levels do not cut into whole tokens, conditions of another batch, a missing or unexpected condition, or a
             level's layout smaller than its window.
         """
         if images.ndim != 4 or images.shape[-1] != self.config.channels:
@@ -198,20 +209,24 @@ class HDiT(nnx.Module):
                 f"images must be [batch, height, width, {self.config.channels}]; got shape {tuple(images.shape)}"
             )
         self.config.check_layout(*images.shape[1:3])
+        check_batch(len(images), sigma=sigma, class_labels=class_labels)
+        check_batch(len(images), augmentation=augmentation, condition=condition)
         vector = self.embed(sigma, class_labels, augmentation, condition, deterministic, rngs)
         run = functools.partial(
             _run, vector=vector, deterministic=deterministic, rngs=rngs, config=self.config
         )
-        x = rows(self.patch_in, space_to_depth(images.astype(self.dtype), self.config.patch_size))
+        patches = space_to_depth(images.astype(self.dtype), self.config.patch_size)
+        x = rows(self.patch_in, patches, self.spec)
         skips = []
         for number, (layers, merge) in enumerate(zip(self.down, self.merges, strict=True)):
             x = run(layers, x, number)
             skips.append(x)
-            x = rows(merge, space_to_depth(x, (2, 2)))
+            x = rows(merge, space_to_depth(x, (2, 2)), self.spec)
         x = run(self.middle, x, len(skips))
         for number in reversed(range(len(skips))):
             x = run(self.up[number], self.splits[number](x, skips[number]), number)
-        return depth_to_space(rows(self.patch_out, self.out_norm(x)), self.config.patch_size)
+        patches = rows(self.patch_out, self.out_norm(x), self.spec)
+        return depth_to_space(patches, self.config.patch_size)
 
     def load_pretrained(self, path: str | Path) -> None:
         """Take every parameter from a checkpoint of k-diffusion's `image_transformer_v2`.

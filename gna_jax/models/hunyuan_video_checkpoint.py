@@ -3,13 +3,11 @@
 from gna_jax.models.checkpoint import Entry, same
 from gna_jax.models.mmdit_checkpoint import (
     Entries,
-    double_block_entries,
     embedder_entries,
     head_entries,
+    joint_transformer_entries,
     linear_entries,
     out_entries,
-    output_entries,
-    single_block_entries,
 )
 
 
@@ -20,12 +18,9 @@ def hunyuan_video_entries(
     num_heads: int,
     features: int,
     guidance: bool,
-) -> dict[str, Entry]:
+) -> Entries:
     """Of every parameter of a `HunyuanVideoTransformer` of this size, where it comes from."""
-    embedders = {"timestep_embedder": "time_embedder", "text_embedder": "pooled_embedder"}
-    if guidance:
-        embedders["guidance_embedder"] = "guidance_embedder"
-    entries = output_entries("output") | {
+    patches = {
         # A convolution over patches [out, in, t, y, x], as a linear layer of a patch's (t, y, x, in).
         "patch_embedder.kernel": Entry(
             ("x_embedder.proj.weight",),
@@ -33,16 +28,8 @@ def hunyuan_video_entries(
         ),
         "patch_embedder.bias": same("x_embedder.proj.bias"),
     }
-    for key, name in embedders.items():
-        entries |= embedder_entries(name, f"time_text_embed.{key}")
-    entries |= _refiner_entries(num_refiner, num_heads)
-    for n in range(num_double):
-        entries |= double_block_entries(f"double_blocks.{n}", f"transformer_blocks.{n}", num_heads)
-    for n in range(num_single):
-        entries |= single_block_entries(
-            f"single_blocks.{n}", f"single_transformer_blocks.{n}", num_heads, features
-        )
-    return entries
+    shared = joint_transformer_entries(num_double, num_single, num_heads, features, guidance)
+    return patches | shared | _refiner_entries(num_refiner, num_heads)
 
 
 def _refiner_entries(num_blocks: int, num_heads: int) -> Entries:

@@ -15,13 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gna_jax.flax.partition import check_spec
 from gna_jax.models.checkpoint import load_parameters, open_checkpoint
 from gna_jax.models.hunyuan_video_checkpoint import hunyuan_video_entries
+from gna_jax.models.joint import as_text_lengths
 from gna_jax.models.mmdit import (
     TIME_FEATURES,
     JointTransformer,
+    check_batch,
     check_rotary_dims,
     check_width,
 )
@@ -81,7 +85,7 @@ class HunyuanVideoTransformer(JointTransformer):
 
     Args:
       config: the size.
-      implementation, tiles: as in the blocks.
+      implementation, tiles, spec: as in the blocks; latents are sharded as the spec's batch and space.
       remat: recompute each block in the backward, except its attention.
       dtype, param_dtype: of the computation (None: the common dtype of inputs and parameters) and of the parameters.
       rngs: `params`.
@@ -96,13 +100,15 @@ class HunyuanVideoTransformer(JointTransformer):
         *,
         implementation: str | Sequence[str] | None = None,
         tiles: Tiles | None = None,
+        spec: PartitionSpec | None = None,
         remat: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         made: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        options = {"implementation": implementation, "tiles": tiles, "remat": remat}
+        check_spec(spec, rank=3)
+        options = {"implementation": implementation, "tiles": tiles, "spec": spec, "remat": remat}
         width, patch = config.features, math.prod(config.patch_size)
         super().__init__(config, patch * config.out_channels, **options, **made)
         self.patch_embedder = nnx.Linear(patch * config.in_channels, width, **made)
@@ -134,16 +140,20 @@ class HunyuanVideoTransformer(JointTransformer):
             rule for all layers, or None: dense.
 
         Raises:
-          ValueError: for inputs of another width, a grid that the patch does not divide, guidance that is missing or
+          ValueError: for inputs of another width or batch, a grid that the patch does not divide, guidance that is missing or
             unasked for, rules that do not fit, or a grid that a window does not fit.
         """
         config = self.config
         check_width("latents", latents, 5, config.in_channels)
         check_width("text", text, 3, config.text_features)
         check_width("pooled_text", pooled_text, 2, config.pooled_features)
-        rules = resolve_rules(rules, self.num_layers, rank=3)
+        named = {"text": text, "pooled_text": pooled_text, "timestep": timestep}
+        check_batch(latents.shape[0], **named, guidance=guidance)
+        text_lengths = as_text_lengths(text_lengths, *text.shape[:2])
         vector = self.condition(pooled_text, timestep, guidance)
-        video = self.patch_embedder(_patches(latents, config.patch_size))
+        patches = _patches(latents, config.patch_size)
+        rules = resolve_rules(rules, self.num_layers, patches.shape[1:4])
+        video = self.patch_embedder(patches)
         tokens = self.text_refiner(text, timestep, text_lengths)
         frequencies = [inverse_frequencies(dim, config.theta) for dim in config.rotary_dims]
         rotation = axial_rotation([np.arange(length) for length in video.shape[1:4]], frequencies)

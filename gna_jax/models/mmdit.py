@@ -4,7 +4,6 @@
 of these; their embeddings and outputs are theirs. Attention itself: `gna_jax.models.joint`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gna_jax.models.joint import gna_joint
+from gna_jax.flax import partition
+from gna_jax.models.joint import JointAttention
 from gna_jax.models.remat import run_block
-from gna_jax.models.rotary import Rotation, rotate
-from gna_jax.models.schedule import Rule, window_arguments
+from gna_jax.models.rotary import Rotation
+from gna_jax.models.schedule import Rule
 from gna_jax.models.timestep import VectorEmbedder, sinusoidal_features
 from gna_jax.tiling import Tiles
 
@@ -42,8 +43,16 @@ class Modulation(nnx.Module):
 class Heads(nnx.Module):
     """Queries, keys and values of one kind of token: projections, then RMS norm of queries and keys per head."""
 
-    def __init__(self, features: int, num_heads: int, head_dim: int, **linear: Any):
-        project = functools.partial(nnx.LinearGeneral, features, (num_heads, head_dim), **linear)
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        head_dim: int,
+        spec: PartitionSpec | None,
+        **linear: Any,
+    ):
+        heads = linear | partition.into_heads(spec)
+        project = functools.partial(nnx.LinearGeneral, features, (num_heads, head_dim), **heads)
         self.query, self.key, self.value = project(), project(), project()
         norm = functools.partial(nnx.RMSNorm, head_dim, epsilon=_EPSILON, **linear)
         self.query_norm, self.key_norm = norm(), norm()
@@ -57,17 +66,25 @@ class Stream(nnx.Module):
     """What a double-stream block holds for one kind of token: modulation, heads, output projection, MLP."""
 
     def __init__(
-        self, features: int, num_heads: int, head_dim: int, mlp_features: int, **linear: Any
+        self,
+        features: int,
+        num_heads: int,
+        head_dim: int,
+        mlp_features: int,
+        spec: PartitionSpec | None,
+        **linear: Any,
     ):
         self.modulation = Modulation(features, 6, **linear)
-        self.heads = Heads(features, num_heads, head_dim, **linear)
-        self.out = nnx.LinearGeneral((num_heads, head_dim), features, axis=(-2, -1), **linear)
-        self.mlp_in = nnx.Linear(features, mlp_features, **linear)
-        self.mlp_out = nnx.Linear(mlp_features, features, **linear)
+        self.heads = Heads(features, num_heads, head_dim, spec, **linear)
+        self.out = nnx.LinearGeneral(
+            (num_heads, head_dim), features, axis=(-2, -1), **linear, **partition.out_of_heads(spec)
+        )
+        self.mlp_in = nnx.Linear(features, mlp_features, **linear, **partition.into_hidden(spec))
+        self.mlp_out = nnx.Linear(mlp_features, features, **linear, **partition.out_of_hidden(spec))
 
     def mlp(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
         """Two layers with tanh-GELU."""
-        return self.mlp_out(nnx.gelu(self.mlp_in(x), approximate=True))
+        return partition.summed_over(self.mlp_out, nnx.gelu(self.mlp_in(x), approximate=True))
 
 
 class DoubleStreamBlock(nnx.Module):
@@ -79,6 +96,8 @@ class DoubleStreamBlock(nnx.Module):
       mlp_features: width of the MLPs.
       implementation: as in `gna_joint`.
       tiles: as in `gna_joint`, for layers with a window; dense ones choose their own.
+      spec: sharding of `[B, *space, heads, head_dim]`, one entry per axis, as in `gna_joint`; where it shards heads, weights
+        are sharded alike (`gna_jax.flax.partition`). None: space is not sharded.
       dtype, param_dtype: of the computation (None: the common dtype of inputs and parameters) and of the parameters.
     """
 
@@ -91,14 +110,15 @@ class DoubleStreamBlock(nnx.Module):
         *,
         implementation: str | Sequence[str] | None = None,
         tiles: Tiles | None = None,
+        spec: PartitionSpec | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         linear = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.attend = _JointAttention.of(implementation, tiles)
-        self.image = Stream(features, num_heads, head_dim, mlp_features, **linear)
-        self.text = Stream(features, num_heads, head_dim, mlp_features, **linear)
+        self.attend = JointAttention.of(implementation, tiles, spec)
+        self.image = Stream(features, num_heads, head_dim, mlp_features, spec, **linear)
+        self.text = Stream(features, num_heads, head_dim, mlp_features, spec, **linear)
 
     def __call__(
         self,
@@ -128,7 +148,7 @@ class DoubleStreamBlock(nnx.Module):
         attended = self.attend(heads[0], heads[1], rotation, text_lengths, rule)
         results = []
         for stream, x, part, out in zip(streams, tokens, parts, attended, strict=True):
-            x = x + per_sample(part[2], x) * stream.out(out)
+            x = x + per_sample(part[2], x) * partition.summed_over(stream.out, out, 2)
             x = x + per_sample(part[5], x) * stream.mlp(modulate(x, part[3], part[4]))
             results.append(x)
         return results[0], results[1]
@@ -149,20 +169,26 @@ class SingleStreamBlock(nnx.Module):
         *,
         implementation: str | Sequence[str] | None = None,
         tiles: Tiles | None = None,
+        spec: PartitionSpec | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         linear = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.attend = _JointAttention.of(implementation, tiles)
+        self.attend = JointAttention.of(implementation, tiles, spec)
         self.modulation = Modulation(features, 3, **linear)
-        self.heads = Heads(features, num_heads, head_dim, **linear)
-        self.mlp_in = nnx.Linear(features, mlp_features, **linear)
+        self.heads = Heads(features, num_heads, head_dim, spec, **linear)
+        self.mlp_in = nnx.Linear(features, mlp_features, **linear, **partition.into_hidden(spec))
         # One linear layer over both in the published weights, split here: its bias is mlp_out's.
         self.out = nnx.LinearGeneral(
-            (num_heads, head_dim), features, axis=(-2, -1), use_bias=False, **linear
+            (num_heads, head_dim),
+            features,
+            axis=(-2, -1),
+            use_bias=False,
+            **linear,
+            **partition.out_of_heads(spec),
         )
-        self.mlp_out = nnx.Linear(mlp_features, features, **linear)
+        self.mlp_out = nnx.Linear(mlp_features, features, **linear, **partition.out_of_hidden(spec))
 
     def __call__(
         self,
@@ -182,8 +208,10 @@ class SingleStreamBlock(nnx.Module):
         attended = self.attend(heads[0], heads[1], rotation, text_lengths, rule)
         results = []
         for x, norm, out in zip(tokens, normalized, attended, strict=True):
-            mlp = self.mlp_out(nnx.gelu(self.mlp_in(norm), approximate=True))
-            results.append(x + per_sample(gate, x) * (self.out(out) + mlp))
+            mlp = partition.summed_over(self.mlp_out, nnx.gelu(self.mlp_in(norm), approximate=True))
+            results.append(
+                x + per_sample(gate, x) * (partition.summed_over(self.out, out, 2) + mlp)
+            )
         return results[0], results[1]
 
 
@@ -217,6 +245,7 @@ class JointTransformer(nnx.Module):
         *,
         implementation: str | Sequence[str] | None,
         tiles: Tiles | None,
+        spec: PartitionSpec | None,
         remat: bool,
         **made: Any,
     ):
@@ -224,7 +253,7 @@ class JointTransformer(nnx.Module):
         self.remat = remat
         width = config.features
         sizes = width, config.num_heads, config.head_dim, int(width * config.mlp_ratio)
-        block = made | {"implementation": implementation, "tiles": tiles}
+        block = made | {"implementation": implementation, "tiles": tiles, "spec": spec}
         self.time_embedder = VectorEmbedder(TIME_FEATURES, width, **made)
         self.pooled_embedder = VectorEmbedder(config.pooled_features, width, **made)
         self.guidance_embedder = (
@@ -308,6 +337,16 @@ def check_width(name: str, x: Any, axes: int, width: int) -> None:
         )
 
 
+def check_batch(batch: int, **named: Any) -> None:
+    """ValueError unless each array, if given, has `batch` samples; other numbers would be repeated unnoticed."""
+    for name, x in named.items():
+        if x is not None and jnp.shape(x)[:1] != (batch,):
+            raise ValueError(
+                f"{name} must have one entry per sample, {batch}; got shape {jnp.shape(x)};"
+                f" repeat one for all with jnp.broadcast_to({name}, {(batch, *jnp.shape(x)[1:])})"
+            )
+
+
 def check_rotary_dims(dims: tuple[int, ...], head_dim: int) -> None:
     """ValueError unless the axes' features, each even, make up the head."""
     if sum(dims) != head_dim or any(dim % 2 for dim in dims):
@@ -322,42 +361,4 @@ def check_guidance(guidance: Any, embedded: bool) -> None:
         wanted = "needs guidance, one scale per sample" if embedded else "takes no guidance"
         raise ValueError(
             f"a model of config.guidance={embedded} {wanted}; got {'none' if guidance is None else 'one'}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _JointAttention:
-    """Rotation of the image's queries and keys, then `gna_joint`; hashable, because modules keep it as a static attribute."""
-
-    implementation: str | tuple[str, ...] | None
-    tiles: Tiles | None
-
-    @classmethod
-    def of(
-        cls, implementation: str | Sequence[str] | None, tiles: Tiles | None
-    ) -> "_JointAttention":
-        """The choices, a sequence of names as a tuple."""
-        if implementation is not None and not isinstance(implementation, str):
-            implementation = tuple(implementation)
-        return cls(implementation, tiles)
-
-    def __call__(
-        self,
-        image: tuple[Array, Array, Array],
-        text: tuple[Array, Array, Array],
-        rotation: Rotation | None,
-        text_lengths: Array | None,
-        rule: Rule,
-    ) -> tuple[Array, Array]:
-        query, key, value = image
-        if rotation is not None:
-            query, key = (rotate(x, rotation, interleaved=True) for x in (query, key))
-        return gna_joint(
-            query,
-            key,
-            value,
-            *text,
-            text_lengths=text_lengths,
-            implementation=self.implementation,
-            **window_arguments(rule, self.tiles),
         )

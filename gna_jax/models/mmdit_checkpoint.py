@@ -97,6 +97,25 @@ def single_block_entries(parameters: str, keys: str, heads: int, features: int) 
     )
 
 
+def joint_transformer_entries(
+    num_double: int, num_single: int, num_heads: int, features: int, guidance: bool
+) -> Entries:
+    """What a `JointTransformer` of this size has: embedders of the condition, blocks, output."""
+    embedders = {"timestep_embedder": "time_embedder", "text_embedder": "pooled_embedder"}
+    if guidance:
+        embedders["guidance_embedder"] = "guidance_embedder"
+    entries = output_entries("output")
+    for key, name in embedders.items():
+        entries |= embedder_entries(name, f"time_text_embed.{key}")
+    for n in range(num_double):
+        entries |= double_block_entries(f"double_blocks.{n}", f"transformer_blocks.{n}", num_heads)
+    for n in range(num_single):
+        entries |= single_block_entries(
+            f"single_blocks.{n}", f"single_transformer_blocks.{n}", num_heads, features
+        )
+    return entries
+
+
 def _heads(parameters: str, keys: str, names: dict[str, str], heads: int) -> Entries:
     entries: Entries = {}
     for name in ("query", "key", "value"):

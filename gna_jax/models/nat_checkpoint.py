@@ -4,9 +4,11 @@ The layout is recognized by one key that only it has. What reads files and compa
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import jax
 
 from gna_jax.models.checkpoint import (
     Checkpoint,
@@ -40,6 +42,8 @@ def load(model: "NAT", checkpoint: Checkpoint, *, head: bool = True) -> None:
     if model.head is not None:
         entries |= _linear("head", head_key) if head else _kept("head", model.head)
     skip_head = model.head is None or not head
+    if not skip_head:
+        _check_classes(model, checkpoint, f"{head_key}.weight")
 
     def ignored(key: str) -> bool:
         # A ViT's buffer, made again from the size of its map: no weights.
@@ -53,6 +57,7 @@ def load(model: "NAT", checkpoint: Checkpoint, *, head: bool = True) -> None:
 def _entries(config: "NATConfig", checkpoint: Checkpoint) -> tuple[Entries, str]:
     """Everything but the head, and the head's key."""
     if (prefix := _hf_prefix(checkpoint)) is not None:
+        _check_family(config, checkpoint, prefix)
         stem = f"{prefix}embeddings"
         entries = _stem(config, f"{stem}.patch_embeddings.projection", f"{stem}.norm")
         entries |= _levels(
@@ -81,6 +86,27 @@ def _hf_prefix(checkpoint: Checkpoint) -> str | None:
     """What precedes transformers' keys: `nat.` or `dinat.`, nothing in a file without classifier; None: other keys."""
     found = (key for key in checkpoint if key.endswith(_HF_STEM))
     return next((key.removesuffix(_HF_STEM) for key in found), None)
+
+
+def _check_family(config: "NATConfig", checkpoint: Checkpoint, prefix: str) -> None:
+    """Dilations are not in the weights, but transformers' keys name the family."""
+    if (prefix == "nat.") == (config.dilations is not None) and prefix:
+        raise ValueError(
+            "weights of NAT are for a model without dilations, and weights of DiNAT for one with them;"
+            f" got {checkpoint.name} with keys {prefix}* and dilations={config.dilations};"
+            " make the model with nat(..) or dinat(..), as the keys say"
+        )
+
+
+def _check_classes(model: "NAT", checkpoint: Checkpoint, key: str) -> None:
+    """The head's size is the one that people change."""
+    if key in checkpoint and checkpoint.shape(key)[:1] != (model.num_classes,):
+        wanted = model.config.level_dims[-1], model.num_classes
+        raise ValueError(
+            f"{key} {checkpoint.shape(key)} would become parameter head.kernel {checkpoint.shape(key)[::-1]};"
+            f" the model's is {wanted}; make the model with num_classes={checkpoint.shape(key)[0]}, or load with"
+            " head=False and train the model's own head"
+        )
 
 
 def _stem(config: "NATConfig", projection: str, norm: str) -> Entries:
@@ -191,7 +217,12 @@ def _conv(target: str, source: str) -> Entries:
 
 def _kept(target: str, layer: Any) -> Entries:
     """Parameters that stay what they are."""
-    values: Mapping[str, Any] = {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+    values = {name: getattr(layer, name).get_value() for name in ("kernel", "bias")}
+    if any(isinstance(value, jax.ShapeDtypeStruct) for value in values.values()):
+        raise ValueError(
+            f"head=False keeps the values of the model's own {target}; got a model made by nnx.eval_shape, which has none;"
+            " make it without nnx.eval_shape"
+        )
     return {
         f"{target}.{name}": Entry((), functools.partial(lambda value: value, value))
         for name, value in values.items()

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from gna_jax.flax.nnx import GNAttention
+from gna_jax.flax.partition import into_hidden, out_of_hidden, summed_over
 from gna_jax.models.nat_presets import NATConfig
 from gna_jax.models.remat import KEEP_ATTENTION
 
@@ -36,12 +38,15 @@ class Layers:
     deterministic: bool | None
     kernel_init: Initializer
     rngs: nnx.Rngs
+    spec: PartitionSpec | None = None
 
     @property
     def _dtypes(self) -> dict[str, Any]:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": self.rngs}
 
-    def linear(self, in_features: int, out_features: int, *, use_bias: bool = True) -> nnx.Linear:
+    def linear(
+        self, in_features: int, out_features: int, *, use_bias: bool = True, **metadata: Any
+    ) -> nnx.Linear:
         """On the last axis."""
         return nnx.Linear(
             in_features,
@@ -49,6 +54,7 @@ class Layers:
             use_bias=use_bias,
             kernel_init=self.kernel_init,
             precision=self.precision,
+            **metadata,
             **self._dtypes,
         )
 
@@ -97,11 +103,15 @@ class Layers:
             kernel_init=self.kernel_init,
             precision=self.precision,
             implementation=self.implementation,
+            spec=self.spec,
             **self._dtypes,
         )
         bias = attention.relative_position_bias
         if bias is not None:
-            bias.set_value(PUBLISHED_INITIAL(self.rngs.params(), bias.shape, self.param_dtype))
+            initial = PUBLISHED_INITIAL(self.rngs.params(), bias.shape, self.param_dtype)
+            # Made anew: flax shards a parameter as its metadata says when it is made, not when its value is set.
+            metadata = bias.get_metadata(exclude_required=True)
+            attention.relative_position_bias = nnx.Param(initial, **metadata)
         return attention
 
     def drop_path(self, rate: float) -> nnx.Dropout | None:
@@ -224,8 +234,8 @@ class _Block(nnx.Module):
         self.attention = layers.attention(dim, heads, config.window_size, dilation)
         self.norm2 = layers.norm(dim)
         hidden = int(dim * config.mlp_ratio)
-        self.mlp_in = layers.linear(dim, hidden)
-        self.mlp_out = layers.linear(hidden, dim)
+        self.mlp_in = layers.linear(dim, hidden, **into_hidden(layers.spec))
+        self.mlp_out = layers.linear(hidden, dim, **out_of_hidden(layers.spec))
         self.attention_layer_scale = layers.layer_scale(dim, config.layer_scale)
         self.mlp_layer_scale = layers.layer_scale(dim, config.layer_scale)
         self.drop_path = layers.drop_path(drop_path)
@@ -241,7 +251,7 @@ class _Block(nnx.Module):
 
         x = x + residual(self._attend(self.norm1(x)), self.attention_layer_scale)
         hidden = jax.nn.gelu(self.mlp_in(self.norm2(x)), approximate=False)
-        return x + residual(self.mlp_out(hidden), self.mlp_layer_scale)
+        return x + residual(summed_over(self.mlp_out, hidden), self.mlp_layer_scale)
 
     def _attend(self, x: Array) -> Array:
         height, width = x.shape[1:3]

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from gna_jax.flax.partition import check_spec
 from gna_jax.models import nat_checkpoint
 from gna_jax.models.nat_layers import (
     PUBLISHED_INITIAL,
@@ -56,7 +58,12 @@ class NAT(nnx.Module):
       remat: compute each layer again in the backward pass instead of keeping what is inside; attention's outputs are kept.
       kernel_init: of all matrix products. The published one suits hundreds of features; tens of features learn nothing from
         it for hundreds of steps, and do at once from `nnx.initializers.lecun_normal()`.
+      spec: sharding of `[B, rows, columns, heads, head_dim]` over the mesh of `jax.set_mesh`: batch and heads, one entry per
+        axis; weights of attention and MLP are sharded as the heads. None: not sharded.
       rngs: `params`, and `dropout` if the configuration's `drop_path` is above 0.
+
+    Raises:
+      NotImplementedError: for a spec that shards space.
     """
 
     def __init__(
@@ -72,10 +79,17 @@ class NAT(nnx.Module):
         implementation: str | Sequence[str] | None = None,
         remat: bool = False,
         kernel_init: Initializer = PUBLISHED_INITIAL,
+        spec: PartitionSpec | None = None,
         rngs: nnx.Rngs,
     ):
+        check_spec(spec, rank=2)
+        if spec is not None and any(entry is not None for entry in spec[1:3]):
+            raise NotImplementedError(
+                "NAT shards batch and heads: its maps shrink to a few tokens, which strided convolutions and padding to"
+                f' whole windows cut unequally; got spec={spec}; write e.g. P("data", None, None, "heads", None)'
+            )
         layers = Layers(
-            dtype, param_dtype, precision, implementation, deterministic, kernel_init, rngs
+            dtype, param_dtype, precision, implementation, deterministic, kernel_init, rngs, spec
         )
         self.config = config
         self.num_classes = num_classes

@@ -29,7 +29,8 @@ class AttentionSchedule:
       phases: `(first step, rules per layer)`, steps ascending from 0, every phase with the same number of layers.
 
     Raises:
-      ValueError: for no phases, steps that do not ascend from 0, or phases that differ in layers.
+      ValueError: for no phases, steps that do not ascend from 0, or phases that differ in layers or have none.
+      TypeError: for a rule that is neither a `gna_jax.Neighborhood` nor None.
 
     >>> from gna_jax import Neighborhood
     >>> window = Neighborhood.of(2, window_size=80, stride=16)
@@ -45,10 +46,12 @@ class AttentionSchedule:
         if not steps or steps[0] != 0 or steps != sorted(set(steps)):
             raise ValueError(f"phases must start at step 0 and ascend; got first steps {steps}")
         layers = {len(rules) for _, rules in self.phases}
-        if len(layers) != 1:
+        if len(layers) != 1 or 0 in layers:
             raise ValueError(
                 f"every phase needs one rule per layer; got phases of {sorted(layers)} layers"
             )
+        for _, rules in self.phases:
+            resolve_rules(rules, len(rules))
 
     @classmethod
     def constant(cls, rules: Sequence[Rule]) -> "AttentionSchedule":
@@ -114,12 +117,12 @@ class AttentionSchedule:
         return [rules for first, rules in self.phases if first <= step][-1]
 
 
-def resolve_rules(rules: Any, num_layers: int, rank: int | None = None) -> Rules:
+def resolve_rules(rules: Any, num_layers: int, layout: Sequence[int] | None = None) -> Rules:
     """One rule per layer, checked: from None (all dense), one rule for all layers, or a sequence of rules.
 
     Raises:
       TypeError: for anything else; a schedule needs a step first.
-      ValueError: for another number of rules than layers, or rules of another rank than `rank`.
+      ValueError: for another number of rules than layers, or a rule that does not fit the token grid `layout`, naming its layer.
     """
     if isinstance(rules, AttentionSchedule):
         raise TypeError(
@@ -137,11 +140,21 @@ def resolve_rules(rules: Any, num_layers: int, rank: int | None = None) -> Rules
         raise ValueError(
             f"rules must be one for all layers, or one per layer; got {len(rules)} rules for {num_layers} layers"
         )
+    if layout is None:
+        return tuple(rules)
     for layer, rule in enumerate(rules):
-        if rank is not None and rule is not None and rule.rank != rank:
+        if rule is None:
+            continue
+        if rule.rank != len(layout):
             raise ValueError(
-                f"rules must have the {rank} spatial axes of the model; got {rule.rank} axes at layer {layer}: {rule}"
+                f"rules must have the {len(layout)} spatial axes of the model; got {rule.rank} axes at layer {layer}: {rule}"
             )
+        try:
+            rule.check_layout(layout)
+        except ValueError as error:
+            raise ValueError(
+                f"the rule of layer {layer} does not fit the token grid: {error}"
+            ) from None
     return tuple(rules)
 
 

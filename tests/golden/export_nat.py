@@ -332,4 +332,5 @@ def main():
     (HERE / "nat_keys.json").write_text(json.dumps({"versions": versions, **keys}, indent=0) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()
