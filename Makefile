@@ -11,6 +11,7 @@ EXTRAS ?= dev
 OLDEST_JAX := 0.11.2
 OLDEST_PYTHON := 3.12
 OLDEST_VENV := .venv-oldest
+TRITON_VENV := .venv-triton
 PYTEST_ARGS ?=
 BAZEL ?= bazel
 BAZEL_ARGS ?=
@@ -27,7 +28,7 @@ PYTEST = -m pytest -n 2 --dist worksteal
 CORE_TESTS = $(addprefix tests/,xla_test.py reference_test.py vjp_test.py sharding_test.py flax_test.py)
 CORE_CHOICE = -k "not (explicit_tiles or several_steps or head_dims)"
 
-.PHONY: help setup lint type test test-newest test-oldest test-kernels test-all bazel-test gpu gpu-library demo bench wheel format clean
+.PHONY: help setup lint type test test-newest test-oldest test-kernels test-triton test-all bazel-test gpu gpu-library demo bench wheel format clean
 
 help: ## this list
 	@echo "gna_jax: make TARGET"
@@ -93,8 +94,16 @@ test-kernels-parts: setup
 	  $(VENV)/bin/python -m pip install --quiet --no-deps $$wheels
 	@$(VENV)/bin/python $(PYTEST) -m "kernel and not slow" $(PYTEST_ARGS) | tee build/pytest-kernels.log
 
+# Triton interprets in one process and compiles in the other: it decides at its import. jax's compiler for CUDA is in two of its wheels.
+test-triton: ## Triton kernels without a GPU: values in Triton's interpreter, then compiled; in .venv-triton (2 GB)
+	@.ci/setup $(TRITON_VENV) test,triton $(JAX)
+	@version=$$($(TRITON_VENV)/bin/python -c 'import jaxlib; print(jaxlib.__version__)'); \
+	  $(TRITON_VENV)/bin/python -m pip install --quiet --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	@TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python $(PYTEST) -m "triton and not slow" tests/triton_geometry_test.py tests/triton_kernels_test.py $(PYTEST_ARGS)
+	@$(TRITON_VENV)/bin/python $(PYTEST) -m "triton and not slow" tests/triton_resources_test.py $(PYTEST_ARGS)
+
 test-all: setup ## the tests, those of the GPU kernels and those marked slow: an hour or two
-	@$(VENV)/bin/python $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+	@$(VENV)/bin/python $(PYTEST) -m "not gpu and not triton" $(PYTEST_ARGS)
 
 RUN_BAZEL = PATH="$(abspath $(VENV))/bin:$$PATH" $(BAZEL) --output_user_root=$(CURDIR)/build/bazel
 
@@ -157,5 +166,5 @@ wheel: setup ## the pure wheel, in dist/
 	@ls -l dist/*.whl
 
 clean: ## remove environments, builds and caches
-	@rm -rf .venv .venv-oldest build dist demo .hypothesis .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-oldest .venv-triton build dist demo .hypothesis .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

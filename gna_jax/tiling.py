@@ -19,12 +19,11 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from gna_jax.neighborhood import (
-    AxisNeighborhood,
     Neighborhood,
     equal_groups,
     group_length,
@@ -37,6 +36,21 @@ from gna_jax.neighborhood import (
 
 Interval = tuple[Any, Any]
 """`[first, end)` on one axis, in positions of a dilation group; empty where `end <= first`."""
+
+
+class AxisRule(Protocol):
+    """Who sees whom on one axis: an `AxisNeighborhood`, or one whose queries and keys are numbered apart (slabs).
+
+    Both ends of both intervals never decrease with the position.
+    """
+
+    def keys(self, query: Any, length: Any) -> Interval:
+        """Keys that a query sees, of `length` keys."""
+        ...
+
+    def queries(self, key: Any, length: Any) -> Interval:
+        """Queries that see a key, of `length` queries."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +108,7 @@ def tile_shape(name: str, value: Any, rank: int) -> tuple[int, ...]:
     return shape
 
 
-def outer_keys(axis: AxisNeighborhood, length: Any, q_first: Any, q_last: Any) -> Interval:
+def outer_keys(axis: AxisRule, length: Any, q_first: Any, q_last: Any) -> Interval:
     """Keys that at least one of the queries `q_first..q_last` sees (both ends included).
 
     Every key of the interval is seen by one of them: stride never exceeds window, so windows leave no gaps.
@@ -103,17 +117,17 @@ def outer_keys(axis: AxisNeighborhood, length: Any, q_first: Any, q_last: Any) -
     return axis.keys(q_first, length)[0], axis.keys(q_last, length)[1]
 
 
-def inner_keys(axis: AxisNeighborhood, length: Any, q_first: Any, q_last: Any) -> Interval:
+def inner_keys(axis: AxisRule, length: Any, q_first: Any, q_last: Any) -> Interval:
     """Keys that all of the queries `q_first..q_last` see; maybe none (`end <= first`)."""
     return axis.keys(q_last, length)[0], axis.keys(q_first, length)[1]
 
 
-def outer_queries(axis: AxisNeighborhood, length: Any, k_first: Any, k_last: Any) -> Interval:
+def outer_queries(axis: AxisRule, length: Any, k_first: Any, k_last: Any) -> Interval:
     """Queries that see at least one of the keys `k_first..k_last` (both ends included)."""
     return axis.queries(k_first, length)[0], axis.queries(k_last, length)[1]
 
 
-def inner_queries(axis: AxisNeighborhood, length: Any, k_first: Any, k_last: Any) -> Interval:
+def inner_queries(axis: AxisRule, length: Any, k_first: Any, k_last: Any) -> Interval:
     """Queries that see all of the keys `k_first..k_last`; maybe none (`end <= first`)."""
     return axis.queries(k_last, length)[0], axis.queries(k_first, length)[1]
 
@@ -130,7 +144,7 @@ class AxisWalk:
       length: tokens of the dilation group.
       tile: places per visited tile.
       start: first place of the first visited tile, at or before the outer start.
-      num_visits: tiles visited, at least 1.
+      num_visits: tiles visited, at least 1; maybe none on a slab.
       full: numbers `[first, end)` of the visited tiles without a masked pair of real tokens; `first <= end`.
     """
 
@@ -154,37 +168,60 @@ class AxisWalk:
 
 
 def key_walk(
-    axis: AxisNeighborhood, length: Any, q_start: Any, *, q_tile: Any, kv_tile: Any, dynamic: bool
+    axis: AxisRule,
+    length: Any,
+    q_start: Any,
+    *,
+    q_tile: Any,
+    kv_tile: Any,
+    dynamic: bool,
+    own_length: Any = None,
+    readable: Any = None,
 ) -> AxisWalk:
     """The KV tiles that the Q tile `q_start + [0, q_tile)` visits on one axis.
 
     Args:
       axis: rule of the axis.
-      length: tokens of the dilation group (may be traced).
+      length: tokens of the dilation group (may be traced); of its keys, where there are not as many queries.
       q_start: first query, `0 <= q_start < length`: int, numpy array or traced array.
       q_tile: queries per tile; the tile may run past the end of the group. Sizes may be arrays that broadcast, here and below.
       kv_tile: keys per visited tile.
       dynamic: whether the first KV tile starts at the outer start, or at the multiple of `kv_tile` before it.
+      own_length: queries of the group; None for `length` of them.
+      readable: end of the places that may be read: the walk moves back before it, below 0 if it must; None: all may be.
     """
-    queries = q_start, minimum(q_start + q_tile, length) - 1
+    own_length = length if own_length is None else own_length
+    queries = q_start, minimum(q_start + q_tile, own_length) - 1
     outer, inner = outer_keys(axis, length, *queries), inner_keys(axis, length, *queries)
-    return _axis_walk(outer, inner, length=length, tile=kv_tile, dynamic=dynamic)
+    return _axis_walk(outer, inner, length=length, tile=kv_tile, dynamic=dynamic, readable=readable)
 
 
 def query_walk(
-    axis: AxisNeighborhood, length: Any, kv_start: Any, *, q_tile: Any, kv_tile: Any, dynamic: bool
+    axis: AxisRule,
+    length: Any,
+    kv_start: Any,
+    *,
+    q_tile: Any,
+    kv_tile: Any,
+    dynamic: bool,
+    own_length: Any = None,
+    readable: Any = None,
 ) -> AxisWalk:
     """The Q tiles that the KV tile `kv_start + [0, kv_tile)` visits on one axis: `key_walk` with the roles exchanged."""
-    keys = kv_start, minimum(kv_start + kv_tile, length) - 1
+    own_length = length if own_length is None else own_length
+    keys = kv_start, minimum(kv_start + kv_tile, own_length) - 1
     outer, inner = outer_queries(axis, length, *keys), inner_queries(axis, length, *keys)
-    return _axis_walk(outer, inner, length=length, tile=q_tile, dynamic=dynamic)
+    return _axis_walk(outer, inner, length=length, tile=q_tile, dynamic=dynamic, readable=readable)
 
 
 def _axis_walk(
-    outer: Interval, inner: Interval, *, length: Any, tile: Any, dynamic: bool
+    outer: Interval, inner: Interval, *, length: Any, tile: Any, dynamic: bool, readable: Any
 ) -> AxisWalk:
     start = outer[0] if dynamic else (outer[0] // tile) * tile
     num_visits = _ceil_divide(outer[1] - start, tile)
+    if readable is not None:
+        excess = start + num_visits * tile - readable
+        start = start - maximum(excess, 0 * excess)
     full_first = _ceil_divide(inner[0] - start, tile)
     # An inner interval up to the group's end fills the last tile too: what sticks out there is padding.
     full_end = where(inner[1] >= length, num_visits, (inner[1] - start) // tile)

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blackwell_warpgroups as warpgroups
+from pallas_kernels import masks
 from pallas_kernels.blackwell_warpgroups import COLUMN, ROW, ProductColumns, VisitedColumns
 from pallas_kernels.plan import TileWalk
 from pallas_kernels.row_statistics import RowBoxes
@@ -272,7 +273,7 @@ class KeyGradientKernel(TileKernel):
 
             @pl.when(worker == min(number, self.columns.num_workers - 1))
             def _(number: int = number):
-                self._write(memory, number, place)
+                self._write(memory, number, place, intervals)
 
     def _visit(self, memory: Memory, worker: Any, step: Any, mask: Any) -> None:
         """One Q tile: P^T, then dS^T, of the worker's queries."""
@@ -299,7 +300,9 @@ class KeyGradientKernel(TileKernel):
         plgpu.commit_smem()  # statistics have been read before copies refill the slot
         plgpu.barrier_arrive(memory.rows_free.at[slot])
 
-    def _write(self, memory: Memory, number: int, place: BoxPlace) -> None:
+    def _write(
+        self, memory: Memory, number: int, place: BoxPlace, intervals: masks.Intervals
+    ) -> None:
         """A gradient through the slot of what it is of."""
         is_key = self.gradients[number] == "key"
         slots, scale = (
@@ -307,7 +310,8 @@ class KeyGradientKernel(TileKernel):
         )
         operand = self.own.operand(slots)
         for chunk in range(self.keys.num_chunks):
-            gradient = warpgroups.read(self._sum(memory.sums[number], chunk)) * scale
+            gradient = warpgroups.read(self._sum(memory.sums[number], chunk))
+            gradient = self.hide_lone(intervals, gradient) * scale
             operand[0, chunk] = gradient.astype(self.plan.problem.dtype)
         plgpu.commit_smem()
         self.own.store(slots, 0, memory.gradients[number], place)

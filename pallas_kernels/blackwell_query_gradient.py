@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blackwell_warpgroups as warpgroups
+from pallas_kernels import masks
 from pallas_kernels.blackwell_warpgroups import ROW, ProductColumns, VisitedColumns
 from pallas_kernels.plan import TileWalk, part_number
 from pallas_kernels.slots import drain_slots, wait_for_slot
@@ -231,16 +232,16 @@ class QueryGradientKernel(TileKernel):
 
         @pl.when(worker == 0)
         def _():
-            self._write(memory, place)
+            self._write(memory, place, intervals)
 
-    def _write(self, memory: Memory, place: BoxPlace) -> None:
+    def _write(self, memory: Memory, place: BoxPlace, intervals: masks.Intervals) -> None:
         """The gradient through the slot of the queries."""
         problem = self.plan.problem
         gradient = self.own.operand(memory.query_slots)
         plgpu.barrier_wait(memory.sums_ready)
         for chunk in range(self.queries.num_chunks):
-            sums = warpgroups.read(self._sum(memory, chunk)) * problem.scale
-            gradient[0, chunk] = sums.astype(problem.dtype)
+            sums = self.hide_lone(intervals, warpgroups.read(self._sum(memory, chunk)))
+            gradient[0, chunk] = (sums * problem.scale).astype(problem.dtype)
         plgpu.commit_smem()
         self.own.store(memory.query_slots, 0, memory.gradient, place)
         plgpu.wait_smem_to_gmem(0)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gna_jax.mesh_types import traced_unvarying
 from gna_jax.problem import Operands, Problem
 from gna_jax.tiling import Tiles
 from pallas_kernels import (
@@ -21,7 +22,9 @@ from pallas_kernels import (
     limits,
 )
 from pallas_kernels.online_softmax import LOG2_E
+from pallas_kernels.plan import TilePlan
 from pallas_kernels.row_statistics import from_parts, to_boxes, to_parts
+from pallas_kernels.slabs import origin_table, without_outside
 from pallas_kernels.tile_kernel import TileKernel
 
 FORWARD, QUERY_GRADIENT, KEY_GRADIENT = "forward", "query_gradient", "key_gradient"
@@ -42,7 +45,7 @@ def forward(
 
     Args:
       problem, tiles: what `limits.supports` accepts.
-      operands: query [B, *space, N, H], key and value [B, *space, K, H].
+      operands: query [B, *space, N, H], key and value [B, *space, K, H]; for slabs their origins, int32 [rank].
       interpret: `plgpu.InterpretGPUParams` to run in the interpreter on a CPU, None on a GPU.
     """
     plan = limits.forward_plan(problem, tiles)
@@ -54,9 +57,9 @@ def forward(
         [_result(kernel), jax.ShapeDtypeStruct(parts, jnp.float32)],
         interpret,
     )(
+        *_origins(kernel, operands),
         kernel.queries.split(operands.query),
-        kernel.keys.split(operands.key),
-        kernel.keys.split(operands.value),
+        *(kernel.keys.split(_visited(plan, operands, x)) for x in (operands.key, operands.value)),
     )
     return kernel.queries.merge(out, problem.query_layout), from_parts(plan, lse / LOG2_E)
 
@@ -81,6 +84,7 @@ def query_gradient(
     plan = limits.query_gradient_plan(problem, tiles)
     kernel = _kernel(problem, QUERY_GRADIENT)(plan, interpret is not None)
     (gradient,) = _launch(kernel, [_result(kernel)], interpret)(
+        *_origins(kernel, operands),
         *_operands_and_cotangent(kernel, operands, out_cotangent),
         to_parts(plan, lse * LOG2_E),
         to_parts(plan, delta),
@@ -124,9 +128,10 @@ def key_gradient_pass(
     plan = limits.key_gradient_plan(problem, tiles)
     kernel = _kernel(problem, KEY_GRADIENT)(plan, interpret is not None, names)
     gradients = _launch(kernel, [_result(kernel) for _ in names], interpret)(
+        *_origins(kernel, operands),
         *_operands_and_cotangent(kernel, operands, out_cotangent),
-        to_boxes(plan, lse * LOG2_E),
-        to_boxes(plan, delta),
+        to_boxes(plan, _visited(plan, operands, lse * LOG2_E)),
+        to_boxes(plan, _visited(plan, operands, delta)),
     )
     return tuple(kernel.keys.merge(gradient, problem.key_layout) for gradient in gradients)
 
@@ -142,20 +147,36 @@ def _kernel(problem: Problem, job: str) -> type[Any]:
 def _result(kernel: TileKernel) -> jax.ShapeDtypeStruct:
     """An array of own tiles, as the kernel writes it."""
     problem, array = kernel.plan.problem, kernel.own.array
-    layout = problem.key_layout if kernel.plan.is_inverse else problem.query_layout
-    return jax.ShapeDtypeStruct(array.shape(problem.batch, layout), problem.dtype)
+    return jax.ShapeDtypeStruct(array.shape(problem.batch, kernel.plan.own_layout), problem.dtype)
+
+
+def _origins(kernel: TileKernel, operands: Operands) -> tuple[jax.Array, ...]:
+    """Where slabs lie, the first array that their kernels read; nothing for a whole volume."""
+    plan = kernel.plan
+    if not plan.problem.is_slab:
+        return ()
+    return (origin_table(operands, plan.dilation, is_inverse=plan.is_inverse),)
+
+
+def _visited(plan: TilePlan, operands: Operands, array: jax.Array) -> jax.Array:
+    """An array of tokens that blocks visit: of a slab longer than its volume, without what lies outside."""
+    if not plan.problem.is_slab:
+        return array
+    origin = operands.query_origin if plan.is_inverse else operands.key_origin
+    return without_outside(array, origin, plan.problem.global_layout)
 
 
 def _operands_and_cotangent(
     kernel: TileKernel, operands: Operands, out_cotangent: jax.Array
 ) -> tuple[jax.Array, ...]:
     """What both kernels of gradients read, as they see it."""
-    return (
-        kernel.queries.split(operands.query),
-        kernel.queries.split(out_cotangent),
-        kernel.keys.split(operands.key),
-        kernel.keys.split(operands.value),
-    )
+    plan, queries = kernel.plan, (operands.query, out_cotangent)
+    keys = operands.key, operands.value
+    if plan.is_inverse:
+        queries = tuple(_visited(plan, operands, array) for array in queries)
+    else:
+        keys = tuple(_visited(plan, operands, array) for array in keys)
+    return (*map(kernel.queries.split, queries), *map(kernel.keys.split, keys))
 
 
 def _launch(kernel: TileKernel, outputs: list[jax.ShapeDtypeStruct], interpret: Any) -> Any:
@@ -169,8 +190,8 @@ def _launch(kernel: TileKernel, outputs: list[jax.ShapeDtypeStruct], interpret: 
     names = ("batch", "head", "tile")
     if plan.is_uneven and plan.num_tiles <= limits.LONGEST_GRID_AXIS:
         names = ("tile", "batch", "head")
-    return plgpu.kernel(
-        kernel.body,
+    launch = plgpu.kernel(
+        kernel.slab_body if plan.problem.is_slab else kernel.body,
         out_type=outputs,
         scratch_types=kernel.scratch(),
         grid=tuple(sizes[name] for name in names),
@@ -180,3 +201,4 @@ def _launch(kernel: TileKernel, outputs: list[jax.ShapeDtypeStruct], interpret: 
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )
+    return traced_unvarying(launch)

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper_warpgroups as warpgroups
+from pallas_kernels import masks
 from pallas_kernels.hopper_warpgroups import COLUMN, ROW, Staging
 from pallas_kernels.plan import TileWalk
 from pallas_kernels.row_statistics import RowBoxes
@@ -139,7 +140,7 @@ class KeyGradientKernel(TileKernel):
 
         shell = functools.partial(self._visit, memory, worker, mask=mask)
         visits = warpgroups.noted_visits(memory.notes, row)
-        self._write(memory, lax.fori_loop(*visits, shell, state))
+        self._write(memory, lax.fori_loop(*visits, shell, state), intervals)
 
     def _load_own(self, memory: Memory, worker: Any) -> tuple[Any, Any]:
         """Fetches the part's K and V to shared memory, notes place and visits; returns the visits: clean ones, and all."""
@@ -152,7 +153,7 @@ class KeyGradientKernel(TileKernel):
         plgpu.barrier_wait(ready)
         return visits
 
-    def _write(self, memory: Memory, sums: tuple[Any, ...]) -> None:
+    def _write(self, memory: Memory, sums: tuple[Any, ...], intervals: masks.Intervals) -> None:
         """The gradients out through the worker's own slots of keys and values."""
         plan, problem = self.plan, self.plan.problem
         worker = warpgroups.this_worker(plan)
@@ -160,7 +161,8 @@ class KeyGradientKernel(TileKernel):
         for name, chunks in zip(self.gradients, sums, strict=True):
             operand, scale = self.own.operand(slots[name]), problem.scale if name == "key" else 1.0
             for chunk, accumulated in enumerate(chunks):
-                operand[worker, chunk] = (accumulated * scale).astype(problem.dtype)
+                gradient = self.hide_lone(intervals, accumulated)
+                operand[worker, chunk] = (gradient * scale).astype(problem.dtype)
         plgpu.commit_smem()
         place = warpgroups.noted_place(plan, memory.notes, plan.stages + worker)
         for name, gradient in zip(self.gradients, memory.gradients, strict=True):

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper_warpgroups as warpgroups
+from pallas_kernels import masks
 from pallas_kernels.hopper_warpgroups import COLUMN, ROW, Staging
 from pallas_kernels.plan import TileWalk, part_number
 from pallas_kernels.slots import drain_slots, wait_for_slot
@@ -126,7 +127,7 @@ class QueryGradientKernel(TileKernel):
 
         shell = functools.partial(self._visit, memory, worker, mask=mask)
         visits = warpgroups.noted_visits(memory.notes, row)
-        self._write(memory, lax.fori_loop(*visits, shell, sums))
+        self._write(memory, lax.fori_loop(*visits, shell, sums), intervals)
 
     def _load_own(self, memory: Memory, worker: Any) -> tuple[Any, Any]:
         """Fetches the part's Q, dO, lse and delta to shared memory, notes place and visits; returns the visits."""
@@ -145,13 +146,14 @@ class QueryGradientKernel(TileKernel):
         plgpu.barrier_wait(ready)
         return visits
 
-    def _write(self, memory: Memory, sums: tuple[Any, ...]) -> None:
+    def _write(self, memory: Memory, sums: tuple[Any, ...], intervals: masks.Intervals) -> None:
         """The gradient out through the worker's own slot of queries."""
         plan, problem = self.plan, self.plan.problem
         worker = warpgroups.this_worker(plan)
         operand = self.own.operand(memory.query_slots)
         for chunk, accumulated in enumerate(sums):
-            operand[worker, chunk] = (accumulated * problem.scale).astype(problem.dtype)
+            gradient = self.hide_lone(intervals, accumulated)
+            operand[worker, chunk] = (gradient * problem.scale).astype(problem.dtype)
         plgpu.commit_smem()
         place = warpgroups.noted_place(plan, memory.notes, plan.stages + worker)
         self.own.store(memory.query_slots, worker, memory.gradient, place)

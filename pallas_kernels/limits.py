@@ -193,8 +193,6 @@ def _refused_call(problem: Problem) -> str | None:
             f"the Pallas kernels take at most {LONGEST_GRID_AXIS} batch entries and heads;"
             f" got batch={problem.batch}, {problem.query_heads} query heads: split the batch"
         )
-    if problem.is_slab:
-        return "the Pallas kernels take whole volumes only, this call is a slab of one: use 'xla'"
     return None
 
 

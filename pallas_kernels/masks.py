@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gna_jax.neighborhood import AxisNeighborhood
+from gna_jax.tiling import AxisRule
 
 Intervals = tuple[tuple[Any, Any], ...]
 """Per axis, `[first, end)` of the keys that each row sees, or of the queries that see it: vectors of one entry per row."""
@@ -30,7 +30,7 @@ def digits(numbers: Any, box: Sequence[int]) -> tuple[Any, ...]:
 
 
 def key_intervals(
-    rules: Sequence[AxisNeighborhood], queries: Sequence[Any], lengths: Sequence[Any]
+    rules: Sequence[AxisRule], queries: Sequence[Any], lengths: Sequence[Any]
 ) -> Intervals:
     """What rows of queries at these positions see, per axis."""
     axes = zip(rules, queries, lengths, strict=True)
@@ -38,7 +38,7 @@ def key_intervals(
 
 
 def query_intervals(
-    rules: Sequence[AxisNeighborhood], keys: Sequence[Any], lengths: Sequence[Any]
+    rules: Sequence[AxisRule], keys: Sequence[Any], lengths: Sequence[Any]
 ) -> Intervals:
     """Who sees rows of keys at these positions, per axis."""
     axes = zip(rules, keys, lengths, strict=True)

@@ -3,6 +3,7 @@
 Nothing is tabulated in memory: a block knows its tile by number, and computes from it the tile's place, the box of tokens it
 walks and, for every step, the visited tile's place. Window rules and boxes come from `gna_jax.tiling`; what is added here is
 the order of steps: first the tiles that need no mask, then the shell around them. Ints work as well as traced int32.
+On slabs the places are those of the arrays, and rules translate them (`pallas_kernels.slabs`).
 
 The forward and dQ own a Q tile and visit KV tiles; dK and dV own a KV tile and visit Q tiles (`TilePlan.is_inverse`).
 """
@@ -10,7 +11,7 @@ The forward and dQ own a Q tile and visit KV tiles; dK and dV own a KV tile and 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,11 @@ from jax import lax
 
 from gna_jax.neighborhood import group_length, maximum, minimum, where
 from gna_jax.problem import Problem
-from gna_jax.tiling import AxisWalk, key_walk, query_walk
+from gna_jax.tiling import AxisRule, AxisWalk, key_walk, query_walk
+from pallas_kernels.slabs import Origin, SlabAxis, volume_residues
+
+EVERYWHERE = 1 << 30
+"""An end of readable places that none reaches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +88,18 @@ class TilePlan:
     @property
     def tiles(self) -> tuple[int, ...]:
         """Own tiles per axis of the longest dilation group."""
-        axes = zip(self.problem.global_layout, self.dilation, self.own, strict=True)
+        axes = zip(self.own_layout, self.dilation, self.own, strict=True)
         return tuple(-(-group_length(length, d, 0) // tile) for length, d, tile in axes)
+
+    @property
+    def own_layout(self) -> tuple[int, ...]:
+        """Tokens per axis of the array that blocks own tiles of: the volume's, or a slab's."""
+        return self.problem.key_layout if self.is_inverse else self.problem.query_layout
+
+    @property
+    def visited_layout(self) -> tuple[int, ...]:
+        """Tokens per axis of the array that they visit."""
+        return self.problem.query_layout if self.is_inverse else self.problem.key_layout
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -119,14 +134,60 @@ class TilePlan:
         """Warpgroup parts of all dilation groups of one head."""
         return self.num_tiles * self.num_workers
 
-    def lengths(self, residues: Sequence[Any]) -> tuple[Any, ...]:
-        """Tokens per axis of a dilation group: static ints on axes whose groups are all of one length."""
-        return tuple(
-            length // d if length % d == 0 else group_length(length, d, residue)
-            for length, d, residue in zip(
-                self.problem.global_layout, self.dilation, residues, strict=True
-            )
+    def group_axes(
+        self, residues: Sequence[Any], origins: Sequence[Origin] | None = None
+    ) -> "tuple[GroupAxis, ...]":
+        """Every axis of the dilation group whose own tokens have these residues in the own array.
+
+        Args:
+          residues: per axis.
+          origins: of the slabs, per axis; None where the arrays are the whole volume.
+        """
+        rules, lengths = (
+            self.problem.neighborhood.axes,
+            _group_lengths(self.own_layout, self.dilation, residues),
         )
+        if origins is None:
+            axes = zip(rules, residues, lengths, strict=True)
+            return tuple(GroupAxis(rule, r, length, r, length) for rule, r, length in axes)
+        places = [
+            volume_residues(*axis) for axis in zip(self.dilation, residues, origins, strict=True)
+        ]
+        in_volume, visited_residues, own, visited = zip(*places, strict=True)
+        groups = _group_lengths(self.problem.global_layout, self.dilation, in_volume)
+        slabs = zip(rules, groups, own, visited, strict=True)
+        visited_lengths = _group_lengths(self.visited_layout, self.dilation, visited_residues)
+        sides = zip(residues, lengths, visited_residues, visited_lengths, strict=True)
+        return tuple(
+            GroupAxis(SlabAxis(*slab), *side) for slab, side in zip(slabs, sides, strict=True)
+        )
+
+
+def _group_lengths(
+    layout: Sequence[int], dilation: Sequence[int], residues: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Tokens per axis of a dilation group: static ints on axes whose groups are all of one length."""
+    return tuple(
+        length // d if length % d == 0 else group_length(length, d, residue)
+        for length, d, residue in zip(layout, dilation, residues, strict=True)
+    )
+
+
+class GroupAxis(NamedTuple):
+    """One axis of a dilation group: who sees whom, and which tokens of the own and of the visited array are in the group."""
+
+    rule: AxisRule
+    own_residue: Any
+    own_length: Any
+    visited_residue: Any
+    visited_length: Any
+
+    def readable(self) -> Any:
+        """End of the visited places that may be read: where the volume ends inside the array; None where it does not."""
+        if not isinstance(self.rule, SlabAxis):
+            return None
+        end = self.rule.group - self.rule.visited
+        return where(end < self.visited_length, end, EVERYWHERE + 0 * end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +196,8 @@ class TileWalk:
 
     Args:
       residues: the group, per axis.
-      lengths: tokens of the group, per axis.
+      lengths: own tokens of the group, per axis.
+      visited_residues: where the visited tokens of the group lie, per axis; other ones than `residues` on slabs alone.
       own_start: first own token, per axis; past the end of a group that is shorter than the longest, where there is no work.
       axes: the walk of every axis.
       num_clean: visits that need no mask: every visited token is real, and every own query sees it (or: it sees every own key).
@@ -144,6 +206,7 @@ class TileWalk:
 
     residues: tuple[Any, ...]
     lengths: tuple[Any, ...]
+    visited_residues: tuple[Any, ...]
     own_start: tuple[Any, ...]
     axes: tuple[AxisWalk, ...]
     num_clean: Any
@@ -163,11 +226,23 @@ class TileWalk:
         return tuple(walk.start + n * walk.tile for walk, n in zip(self.axes, numbers, strict=True))
 
 
-def tile_walk(plan: TilePlan, tile: Any) -> TileWalk:
+def tile_walk(
+    plan: TilePlan,
+    tile: Any,
+    origins: Sequence[Origin] | None = None,
+    *,
+    moves_back: Sequence[bool] | None = None,
+) -> TileWalk:
     """The walk of own tile number `tile`: dilation groups row-major, tiles of a group row-major.
 
     On a causal axis Q tiles are numbered from the last on: the later a query, the more keys it sees, and the GPU starts tiles in
     their order. KV tiles are not: the earlier a key, the more queries see it.
+
+    Args:
+      plan: the kernel's.
+      tile: its number: an int or traced.
+      origins: of the slabs, per axis; None where the arrays are the whole volume.
+      moves_back: per axis, whether a walk stays before the volume's end at the cost of places below 0; None: it does.
     """
     group, number = quotient_and_digit(tile, math.prod(plan.tiles))
     residues, place = _digits(group, plan.dilation), _digits(number, plan.tiles)
@@ -176,18 +251,18 @@ def tile_walk(plan: TilePlan, tile: Any) -> TileWalk:
         count - 1 - digit if is_causal and not plan.is_inverse else digit
         for digit, count, is_causal in axes
     )
-    lengths = plan.lengths(residues)
+    groups = plan.group_axes(residues, origins)
     # A multiple of `tile`, so that starts are traced where the tile is: see `BoxPlace`.
     start = tuple(0 * tile + n * size for n, size in zip(place, plan.own, strict=True))
-    walk_of = query_walk if plan.is_inverse else key_walk
-    rules = zip(
-        plan.problem.neighborhood.axes, lengths, start, plan.q_tile, plan.kv_tile, strict=True
-    )
+    moves_back = moves_back or (True,) * len(start)
     axes = tuple(
-        walk_of(axis, length, minimum(first, length - 1), q_tile=q, kv_tile=kv, dynamic=True)
-        for axis, length, first, q, kv in rules
+        axis_walk(plan, number, axis, first, moves_back=moves)
+        for number, (axis, first, moves) in enumerate(zip(groups, start, moves_back, strict=True))
     )
+    if origins is not None:
+        axes = _without_void(plan, axes)
     is_empty = False
+    lengths = tuple(axis.own_length for axis in groups)
     for first, length in zip(start, lengths, strict=True):
         is_empty = is_empty | (first >= length)
     visits = math.prod(walk.num_visits for walk in axes)
@@ -195,10 +270,51 @@ def tile_walk(plan: TilePlan, tile: Any) -> TileWalk:
     return TileWalk(
         residues=residues,
         lengths=lengths,
+        visited_residues=tuple(axis.visited_residue for axis in groups),
         own_start=start,
         axes=axes,
         num_clean=where(is_empty, 0 * clean, clean),
         num_visits=where(is_empty, 0 * visits, visits),
+    )
+
+
+def axis_walk(
+    plan: TilePlan, number: int, axis: GroupAxis, first: Any, *, moves_back: bool = True
+) -> AxisWalk:
+    """The visits on axis `number` of the own tiles whose first tokens are `first`: an int, an array, or traced."""
+    walk_of = query_walk if plan.is_inverse else key_walk
+    slab = {}
+    if isinstance(axis.rule, SlabAxis):
+        slab = {"own_length": axis.own_length, "readable": axis.readable() if moves_back else None}
+    return walk_of(
+        axis.rule,
+        axis.visited_length,
+        minimum(first, axis.own_length - 1),
+        q_tile=plan.q_tile[number],
+        kv_tile=plan.kv_tile[number],
+        dynamic=True,
+        **slab,
+    )
+
+
+def _without_void(plan: TilePlan, axes: Sequence[AxisWalk]) -> tuple[AxisWalk, ...]:
+    """The walks of a slab's tile, at least one visit: rows that see nothing visit a tile past the array's end, all of it hidden.
+
+    So every own tile is computed, and written, in the one way there is.
+    """
+    is_void = False
+    for walk in axes:
+        is_void = is_void | (walk.num_visits <= 0)
+    ends = [-(-length // d) for length, d in zip(plan.visited_layout, plan.dilation, strict=True)]
+    none = 0 * axes[0].start
+    return tuple(
+        dataclasses.replace(
+            walk,
+            start=where(is_void, end + none, walk.start),
+            num_visits=where(is_void, 1 + none, walk.num_visits),
+            full=tuple(where(is_void, none, number) for number in walk.full),
+        )
+        for walk, end in zip(axes, ends, strict=True)
     )
 
 

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.plan import TilePlan
-from pallas_kernels.token_boxes import BoxPlace
+from pallas_kernels.token_boxes import BoxPlace, row_start
 
 ALIGNED_FLOATS = 4
 """Floats in 16 bytes, the unit of tensor copies."""
@@ -118,7 +118,7 @@ class RowBoxes:
             return
         *outer, run = box
         for number, offsets in enumerate(itertools.product(*map(range, outer))):
-            start = [a + b for a, b in zip(place.start, (*offsets, 0), strict=True)]
+            start = row_start(place.start, offsets)
             index = (group, *start[:-1], pl.ds(start[-1], run))
             inside = scratch.at[slot, pl.ds(number * run, run)]
             plgpu.copy_gmem_to_smem(memory.at[index], inside, barrier)

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import masks
 from pallas_kernels.plan import TilePlan, TileWalk, quotient_and_digit, tile_walk
+from pallas_kernels.slabs import Origin
 from pallas_kernels.token_boxes import BoxBuffer, BoxPlace, TokenArray
 
 
@@ -26,10 +27,13 @@ class TileKernel(abc.ABC):
     Args:
       plan: tiles and walk.
       interpreted: whether the interpreter runs it, which lacks what README.md lists.
+      origins: of slabs, `slabs.origin_table` in memory; None for whole volumes, which have no such array.
     """
 
     plan: TilePlan
     interpreted: bool
+    _: dataclasses.KW_ONLY
+    origins: Any = None
 
     @property
     def num_warpgroups(self) -> int:
@@ -73,9 +77,30 @@ class TileKernel(abc.ABC):
         """One slot per stage for tiles of V, or of dO in an inverse plan."""
         return dataclasses.replace(self.visited, slots=self.plan.value_stages)
 
+    def slab_body(self, origins: Any, *references: Any) -> None:
+        """`body` of a kernel of slabs, whose first reference is the table of their origins."""
+        dataclasses.replace(self, origins=origins).body(*references)
+
     def walk(self) -> TileWalk:
         """The block's. Every role computes it anew: scalars that lived through the fork of roles would cost all of them registers."""
-        return tile_walk(self.plan, lax.axis_index("tile"))
+        axes = range(self.plan.problem.rank)
+        # The interpreter reads no place below 0 of a run of tokens: there a walk may reach over the volume's end instead.
+        moves_back = tuple(not self.interpreted or axis < axes[-1] for axis in axes)
+        tile = lax.axis_index("tile")
+        return tile_walk(self.plan, tile, self._origins(), moves_back=moves_back)
+
+    def _origins(self) -> tuple[Origin, ...] | None:
+        """The slabs' origins, read anew: scalars that are kept cost registers. None for whole volumes."""
+        table = self.origins
+        if table is None:
+            return None
+        # Without dilation there are no residues to read.
+        return tuple(
+            Origin(table[axis, 0], 0, table[axis, 2], 0)
+            if dilation == 1
+            else Origin(*(table[axis, number] for number in range(4)))
+            for axis, dilation in enumerate(self.plan.dilation)
+        )
 
     def slot(self, step: Any) -> Any:
         """Slot of `visited` of a step."""
@@ -101,6 +126,11 @@ class TileKernel(abc.ABC):
             head, number = self._head_and_visit(step, walk.num_clean)
             visit(step, self._visited_place(walk, head, walk.clean_tile(number)))
 
+        if self.origins is not None:
+            # Anew: a producer's registers do not hold all of a slab's walk through the clean loop.
+            walk = self.walk()
+            clean, steps = self.steps(walk)
+
         @pl.loop(clean, steps)
         def _(step):
             visit(step, self.shell_place(walk, step))
@@ -125,8 +155,23 @@ class TileKernel(abc.ABC):
         plan = self.plan
         places = masks.digits(rows, plan.part)
         tokens = [first + row for first, row in zip(place.start, places, strict=True)]
-        rule = masks.query_intervals if plan.is_inverse else masks.key_intervals
-        return rule(plan.problem.neighborhood.axes, tokens, plan.lengths(place.residues))
+        intervals = masks.query_intervals if plan.is_inverse else masks.key_intervals
+        axes = plan.group_axes(place.residues, self._origins())
+        rules, lengths = zip(*((axis.rule, axis.visited_length) for axis in axes), strict=True)
+        return intervals(rules, tokens, lengths)
+
+    def hide_lone(self, intervals: masks.Intervals, gradient: Any) -> Any:
+        """A part's gradient `[rows, columns]` with zeros for tokens of a slab that see, or are seen by, nothing.
+
+        Where a slab reaches over the volume's edge its memory may hold NaN, which weights of 0 do not hide. A whole volume has no
+        such token.
+        """
+        if self.origins is None:
+            return gradient
+        for first, end in intervals:
+            tokens = lax.broadcast_in_dim(end - first, gradient.shape, (0,))
+            gradient = jnp.where(tokens > 0, gradient, 0.0)
+        return gradient
 
     def seen(self, intervals: masks.Intervals, start: Any, columns: Any) -> Any:
         """`[rows, columns]` bool: the mask of a visited tile whose first token is `start`; `columns` numbers tokens of it."""
@@ -144,4 +189,4 @@ class TileKernel(abc.ABC):
             head = head * group + number
         elif group > 1:
             head = lax.div(head, jnp.int32(group))
-        return BoxPlace(lax.axis_index("batch"), head, walk.residues, start)
+        return BoxPlace(lax.axis_index("batch"), head, walk.visited_residues, start)

@@ -29,6 +29,10 @@ SWIZZLE_ROWS = 8
 """Rows of a swizzle pattern: the matrix unit reads operands in groups of 8 rows of a chunk."""
 
 
+NOWHERE = 1 << 30
+"""A place past the end of every axis."""
+
+
 class BoxPlace(NamedTuple):
     """Where a box lies: batch entry, head, and per axis the residue of its dilation group and its first token there.
 
@@ -96,6 +100,12 @@ class TokenArray:
         whole = [-(-length // d) * d for length, d in zip(layout, self.dilation, strict=True)]
         array = array.reshape(array.shape[0], *whole, self.heads, self.head_dim)
         return array[(slice(None), *(slice(length) for length in layout))]
+
+
+def row_start(start: Sequence[Any], offsets: Sequence[int]) -> list[Any]:
+    """Where a box's row of tokens starts, for the interpreter: it takes a place below 0 for one counted from the end."""
+    outer = [first + offset for first, offset in zip(start[:-1], offsets, strict=True)]
+    return [*(jnp.where(place < 0, NOWHERE, place) for place in outer), start[-1]]
 
 
 def operand_transforms(columns: int, dtype: Any) -> tuple[Any, Any]:
@@ -172,6 +182,6 @@ class BoxBuffer:
                 continue
             *outer, run = self.box
             for number, offsets in enumerate(itertools.product(*map(range, outer))):
-                start = [a + b for a, b in zip(place.start, (*offsets, 0), strict=True)]
+                start = row_start(place.start, offsets)
                 index = self.array.index(place, start, (*(None for _ in outer), run), chunk)
                 yield memory.at[index], scratch.at[slot, chunk, pl.ds(number * run, run)]

@@ -344,8 +344,8 @@ def test_a_wrong_result_ends_the_run_with_status_1(tmp_path, monkeypatch):
 def test_names_are_checked(tmp_path, monkeypatch):
     with pytest.raises(typer.BadParameter, match="--cases: got \\['giant'\\]; choose from tiny"):
         run(tmp_path, monkeypatch, cases="giant")
-    with pytest.raises(typer.BadParameter, match=r"--implementations: got \['triton'\]; choose"):
-        run(tmp_path, monkeypatch, implementations="xla,triton")
+    with pytest.raises(typer.BadParameter, match=r"--implementations: got \['pallas'\]; choose"):
+        run(tmp_path, monkeypatch, implementations="xla,pallas")
     with pytest.raises(typer.BadParameter, match="--suite must be one of"):
         run(tmp_path, monkeypatch, suite="unpublished")
 

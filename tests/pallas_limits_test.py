@@ -35,6 +35,7 @@ def test_takes_what_it_should(device):
     for head_dim in (1, 16, 48, 80, 128, 192, 256):
         assert limits.supports(problem_of((1, 16, 16, 2, head_dim), device=device), None) is None
     assert limits.supports(problem_of(num_additional=5), None) is None
+    assert limits.supports(problem_of(is_slab=True), None) is None
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,6 @@ def test_takes_what_it_should(device):
         (problem_of(dtype=np.float16, head_dim=264), "up to 256; got head_dim=264, value_dim=64"),
         (problem_of(value_dim=257), "up to 256; got head_dim=64, value_dim=257"),
         (problem_of(has_bias=True), "no relative position bias: use 'xla'"),
-        (problem_of(is_slab=True), "slab"),
         (problem_of(batch=1 << 16), "got batch=65536, 2 query heads: split the batch"),
     ],
 )

@@ -26,29 +26,18 @@ class GnaPerformanceWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """One implementation: `module` None means that it is announced but not part of this version."""
+    """One implementation: its name, its module, and the platforms it runs on (None: all)."""
 
     name: str
-    module: str | None
+    module: str
     platforms: tuple[str, ...] | None = None
 
     def load(self) -> ModuleType:
         """The backend's module."""
-        if self.module is None:
-            raise NotImplementedError(self.missing())
         return importlib.import_module(self.module)
-
-    def missing(self) -> str:
-        """Why there is no module."""
-        return (
-            "this kernel is not part of this version of gna_jax;"
-            " 'xla' runs the same call on every device, slower than a kernel would"
-        )
 
     def reason(self, problem: Problem, tiles: Tiles | None) -> str | None:
         """None, or why this rung cannot run the problem."""
-        if self.module is None:
-            return self.missing()
         if self.platforms is not None and problem.device.platform not in self.platforms:
             return (
                 f"{self.name} runs on {' or '.join(self.platforms)}, the device is {problem.device.kind};"
@@ -60,7 +49,7 @@ class Rung:
 RUNGS = (
     Rung("cutlass", "gna_jax.backends.cutlass", ("cuda",)),
     Rung("mosaic", "gna_jax.backends.mosaic", ("cuda",)),
-    Rung("triton", None, ("cuda",)),
+    Rung("triton", "gna_jax.backends.triton", ("cuda",)),
     Rung("xla", "gna_jax.backends.xla"),
     Rung("reference", "gna_jax.backends.reference"),
 )

@@ -84,6 +84,10 @@ def _refused_call(problem: Problem) -> str | None:
             f"the CUTLASS kernels take a positive scale; got scale={problem.scale}:"
             " scale the query instead, or use 'mosaic'"
         )
+    if problem.is_slab:
+        return (
+            "the CUTLASS kernels take whole volumes only, this call is a slab of one: use 'mosaic'"
+        )
     return None
 
 

@@ -31,6 +31,8 @@ class Call:
       batch, heads, kv_heads, head_dim, dtype: of the arrays; `kv_heads` of None equals `heads`.
       device: name of the GPU to compile for, as in `gna_jax.gna`.
       q_tile, kv_tile, backward_q_tile, backward_kv_tile: tiles as in `gna_jax.Tiles`; None leaves them to the backend.
+      query_layout, key_layout: tokens per axis of a slab of queries and one of keys of the volume `layout`; either makes the call
+        one of `slab_attention`, None is then the whole volume.
     """
 
     layout: tuple[int, ...]
@@ -48,6 +50,8 @@ class Call:
     kv_tile: Sizes | None = None
     backward_q_tile: Sizes | None = None
     backward_kv_tile: Sizes | None = None
+    query_layout: tuple[int, ...] | None = None
+    key_layout: tuple[int, ...] | None = None
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Call":
@@ -61,14 +65,16 @@ class Call:
     def problem(self) -> Problem:
         """The call, checked; raises what `gna` raises."""
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        is_slab = self.query_layout is not None or self.key_layout is not None
         query, key = (
             jax.ShapeDtypeStruct(
-                (self.batch, *self.layout, heads, self.head_dim), jnp.dtype(self.dtype)
+                (self.batch, *(layout or self.layout), heads, self.head_dim), jnp.dtype(self.dtype)
             )
-            for heads in (self.heads, kv_heads)
+            for layout, heads in ((self.query_layout, self.heads), (self.key_layout, kv_heads))
         )
+        origin = jax.ShapeDtypeStruct((len(self.layout),), jnp.int32) if is_slab else None
         return problem_of(
-            as_operands(query, key, key),
+            as_operands(query, key, key, origins=(origin, origin)),
             window_size=self.window_size,
             stride=self.stride,
             dilation=self.dilation,
@@ -76,6 +82,7 @@ class Call:
             scale=None,
             precision=None,
             device=self.device,
+            global_layout=self.layout if is_slab else None,
         )
 
     def tiles(self) -> Tiles | None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gna_jax.backends.mosaic import additional_keys, head_dims
+from gna_jax.backends.mosaic import additional_keys, head_dims, slab_tiles
 from gna_jax.backends.mosaic.kernels import Kernel as Kernel
 from gna_jax.backends.mosaic.kernels import interpretation
 from gna_jax.backends.mosaic.kernels import kernels as kernels
@@ -82,9 +82,8 @@ def backward(
 
     arguments = operands, saved, cotangents
     argument_axes = axes, (out, row), (out, row)
-    return partitioned(
-        problem, run, arguments, argument_axes, axes._replace(additional_lengths=None)
-    )
+    integers = dict.fromkeys(("query_origin", "key_origin", "additional_lengths"))
+    return partitioned(problem, run, arguments, argument_axes, axes._replace(**integers))
 
 
 def _backward(
@@ -114,11 +113,17 @@ def _backward(
 
 
 def workload(problem: Problem, tiles: Tiles | None) -> Workload:
-    """The tiles of the kernels, the pairs their forward computes, and the copies around it."""
+    """The tiles of the kernels, the pairs their forward computes, and the copies around it.
+
+    A slab's are those of one amid the volume; its time is the volume's, by the share of its pairs.
+    """
     tiles_from, tiles = origin(problem, tiles), complete(problem, tiles)
     simulation = Simulation.of(problem.neighborhood, problem.global_layout, tiles)
     counts = simulation.forward
-    pairs = counts.tile_elements * counts.visited_elements
+    computed = counts.computed_pairs
+    masked = counts.partial * counts.tile_elements * counts.visited_elements
+    if problem.is_slab:
+        computed, masked = slab_tiles.forward_pairs(head_dims.pad_problem(problem), tiles)
     predicted = None
     if is_known(problem.device):
         predicted = predict(
@@ -130,10 +135,12 @@ def workload(problem: Problem, tiles: Tiles | None) -> Workload:
             dtype=problem.dtype.name,
             device=problem.device,
         ).seconds
+        if problem.is_slab:
+            predicted *= computed / counts.computed_pairs
     return Workload(
         tiles=tiles,
-        computed_pairs=counts.computed_pairs,
-        masked_pairs=counts.partial * pairs,
+        computed_pairs=computed,
+        masked_pairs=masked,
         seconds=predicted,
         copies=tuple(_copies(problem)),
         tiles_from=tiles_from,
@@ -143,11 +150,16 @@ def workload(problem: Problem, tiles: Tiles | None) -> Workload:
 def _copies(problem: Problem) -> list[str]:
     """What is copied before the kernels because they cannot read it as it lies, for people."""
     copies = []
-    axes = zip(problem.query_layout, problem.neighborhood.dilation, strict=True)
-    for axis, (length, dilation) in enumerate(axes):
-        if length % dilation:
-            rounded = math.ceil(length / dilation) * dilation
-            copies.append(f"axis {axis} padded from {length} to {rounded} for dilation {dilation}")
+    for layout, of in ((problem.query_layout, " of queries"), (problem.key_layout, " of keys")):
+        for axis, (length, d) in enumerate(zip(layout, problem.neighborhood.dilation, strict=True)):
+            if length % d:
+                slab = of if problem.is_slab else ""
+                rounded = math.ceil(length / d) * d
+                copies.append(
+                    f"axis {axis}{slab} padded from {length} to {rounded} for dilation {d}"
+                )
+        if not problem.is_slab:
+            break
     if head_dims.is_padded(problem):
         widths = sorted({problem.head_dim, problem.value_dim})
         widths = " and ".join(map(str, widths))

@@ -47,10 +47,14 @@ def kernels(problem: Problem, tiles: Tiles) -> tuple[Kernel, ...]:
     if generation is None:
         raise NotImplementedError(limits.supports(problem, None))
     width, dtype, interpret = problem.head_dim, problem.dtype, interpretation(problem)
-    tokens = lambda heads: jax.ShapeDtypeStruct(
-        (problem.batch, *problem.query_layout, heads, width), dtype
+    tokens = lambda layout, heads: jax.ShapeDtypeStruct(
+        (problem.batch, *layout, heads, width), dtype
     )
-    operands = Operands(*map(tokens, (problem.query_heads, problem.kv_heads, problem.kv_heads)))
+    key = tokens(problem.key_layout, problem.kv_heads)
+    operands = Operands(tokens(problem.query_layout, problem.query_heads), key, key)
+    if problem.is_slab:
+        origin = jax.ShapeDtypeStruct((problem.rank,), jnp.int32)
+        operands = operands._replace(query_origin=origin, key_origin=origin)
     row = jax.ShapeDtypeStruct(operands.query.shape[:-1], jnp.float32)
     arguments = (operands, operands.query, row, row)
 

@@ -39,6 +39,8 @@ def operand_axes(problem: Problem, operands: Operands) -> Operands:
         query=token_axes(problem.rank, QUERY_HEADS),
         key=keys,
         value=keys,
+        query_origin=(None,),
+        key_origin=(None,),
         additional_keys=additional,
         additional_values=additional,
         additional_lengths=(BATCH,),
@@ -102,7 +104,7 @@ def _is_in_shard_map() -> bool:
 
 
 def _is_axes(names: Any) -> bool:
-    return isinstance(names, tuple) and bool(names) and names[0] == BATCH
+    return type(names) is tuple and all(name is None or isinstance(name, str) for name in names)
 
 
 def _leaves(axes: Any) -> list[Axes]:

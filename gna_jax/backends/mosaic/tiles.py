@@ -2,8 +2,9 @@
 
 import dataclasses
 import itertools
+import pathlib
 
-from gna_jax.backends.mosaic import tuned
+from gna_jax.backends.mosaic import slab_tiles, tuned
 from gna_jax.backends.mosaic.head_dims import pad_problem
 from gna_jax.problem import Problem
 from gna_jax.simulator.roofline import Direction
@@ -18,7 +19,7 @@ def complete(problem: Problem, tiles: Tiles | None) -> Tiles:
     Raises:
       RuntimeError: where a table of tuned tiles cannot be read, or has tiles for this call that the kernels refuse.
     """
-    found = None if _is_complete(tiles) else tuned.lookup(problem)
+    found = _measured(problem, tiles)
     if found is None:
         return counted(problem, tiles)
     entry, path = found
@@ -37,14 +38,16 @@ def complete(problem: Problem, tiles: Tiles | None) -> Tiles:
 
 def origin(problem: Problem, tiles: Tiles | None) -> str:
     """For people: which of the tiles of `complete` were measured, and when; empty where none were."""
-    found = None if _is_complete(tiles) else tuned.lookup(problem)
+    found = _measured(problem, tiles)
     if found is None:
         return ""
     return f"{'' if tiles is None else 'backward '}tuned on {found[0].date}"
 
 
-def _is_complete(tiles: Tiles | None) -> bool:
-    return tiles is not None and tiles.backward_q is not None
+def _measured(problem: Problem, tiles: Tiles | None) -> tuple[tuned.Entry, pathlib.Path] | None:
+    """The table's entry where tiles are left out, and its file. Tables hold whole volumes: a slab has other sides."""
+    is_complete = tiles is not None and tiles.backward_q is not None
+    return None if is_complete or problem.is_slab else tuned.lookup(problem)
 
 
 def counted(problem: Problem, tiles: Tiles | None = None) -> Tiles:
@@ -52,6 +55,8 @@ def counted(problem: Problem, tiles: Tiles | None = None) -> Tiles:
     rows = (limits.generation_of(problem) or limits.HOPPER).rows
     capacity = limits.capacity_of(problem)
     rule, layout = problem.neighborhood, problem.global_layout
+    if problem.is_slab:
+        return _counted_for_slab(problem, tiles, capacity, rows)
     if tiles is None:
         tiles = best_tiles(
             rule,
@@ -72,6 +77,26 @@ def counted(problem: Problem, tiles: Tiles | None = None) -> Tiles:
         )
         tiles = with_backward(tiles, backward.q, backward.kv)
     return tiles
+
+
+def _counted_for_slab(
+    problem: Problem, tiles: Tiles | None, capacity: limits.Capacity, rows: int
+) -> Tiles:
+    """`counted` of a slab: its own sides are filled with tiles, not the volume's."""
+    if tiles is None:
+        own = capacity.forward.workers * rows
+        q, kv = slab_tiles.best_shapes(problem, own, capacity.columns, is_inverse=False)
+        tiles = Tiles(q, kv, dynamic=True)
+    if tiles.backward_q is not None:
+        return tiles
+    kv, q = slab_tiles.best_shapes(
+        problem,
+        capacity.key_gradient.workers * rows,
+        capacity.backward_columns,
+        is_inverse=True,
+        least_run=limits.ALIGNED_FLOATS,
+    )
+    return with_backward(tiles, q, kv)
 
 
 def with_backward(tiles: Tiles, q: tuple[int, ...], kv: tuple[int, ...] | None) -> Tiles:

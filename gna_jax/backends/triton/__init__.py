@@ -1,0 +1,148 @@
+"""Backend "triton": Triton kernels through jax-triton, for NVIDIA GPUs from Ampere on and for Triton's interpreter.
+
+The kernels are in `kernels`, which is not imported before one is wanted (`toolchain`); `calls` runs them on arrays, `plan` holds their
+constants, `tiles` chooses sizes.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from gna_jax.backends.mosaic.partitioning import (
+    QUERY_HEADS,
+    operand_axes,
+    partitioned,
+    row_axes,
+    token_axes,
+)
+from gna_jax.backends.triton import toolchain
+from gna_jax.backends.triton.dots import input_precision
+from gna_jax.backends.triton.tiles import complete, refused
+from gna_jax.problem import Operands, Problem, Workload
+from gna_jax.simulator import Simulation
+from gna_jax.tiling import Tiles
+
+PLATFORMS = ("cuda",)
+DTYPES = ("bfloat16", "float16", "float32")
+MOST_COLUMNS = 256
+OLDEST = (8, 0)
+"""Ampere: the first GPU with bfloat16 and asynchronous copies."""
+
+Outputs = tuple[jax.Array, jax.Array]
+
+
+def supports(problem: Problem, tiles: Tiles | None) -> str | None:
+    """None, or why no kernel runs the problem with these tiles; the text names the way out.
+
+    Triton is looked for last: a call that no version runs says so on every machine.
+    """
+    reason = _refused_call(problem) or refused(problem, tiles)
+    if reason is not None:
+        return reason
+    try:
+        input_precision(problem)
+        toolchain.check(problem.device.is_interpreted)
+    except (NotImplementedError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def _refused_call(problem: Problem) -> str | None:
+    device = problem.device
+    if device.compute_capability is None or device.compute_capability < OLDEST:
+        return (
+            "the Triton kernels run on NVIDIA GPUs from compute capability 8.0 (Ampere) on;"
+            f" got {device.kind}: name such a device, or use 'xla'"
+        )
+    if problem.dtype.name not in DTYPES:
+        return f"the Triton kernels take {', '.join(DTYPES)}; got {problem.dtype.name}: cast the operands, or use 'xla'"
+    if max(problem.head_dim, problem.value_dim) > MOST_COLUMNS:
+        return (
+            f"the Triton kernels take head dims up to {MOST_COLUMNS};"
+            f" got head_dim={problem.head_dim}, value_dim={problem.value_dim}: use more and narrower heads, or 'xla'"
+        )
+    if problem.is_slab:
+        return "the Triton kernels take whole volumes only, this call is a slab of one: use 'xla'"
+    widest = max(problem.query_heads * problem.head_dim, problem.query_heads * problem.value_dim)
+    if math.prod(problem.global_layout) * widest >= 1 << 31:
+        return (
+            "the Triton kernels number the elements of a sample in 32 bits;"
+            f" got {math.prod(problem.global_layout)} tokens of {widest}: split the heads over calls, or use 'xla'"
+        )
+    return None
+
+
+def forward(problem: Problem, operands: Operands, tiles: Tiles | None) -> Outputs:
+    """`out [B, *space, N, V]`, `lse [B, *space, N]`."""
+    from gna_jax.backends.triton import calls
+
+    chosen = complete(problem, tiles)
+
+    def run(share: Problem, operands: Operands) -> Outputs:
+        return calls.forward(share, operands, chosen)
+
+    axes = token_axes(problem.rank, QUERY_HEADS), row_axes(problem.rank)
+    return partitioned(problem, run, operands, _operand_axes(problem, operands), axes)
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    tiles: Tiles | None,
+    saved: Outputs,
+    cotangents: Outputs,
+) -> Operands:
+    """Gradients of the floating operands; that of the bias per sample, `[B, N, ..]` float32."""
+    chosen = complete(problem, tiles)
+    out, row = token_axes(problem.rank, QUERY_HEADS), row_axes(problem.rank)
+    axes = _operand_axes(problem, operands)
+    results = axes._replace(additional_lengths=None)
+    if operands.bias is not None:
+        results = results._replace(bias=("batch", *(axes.bias)))
+
+    def run(share: Problem, arguments: tuple[Operands, Outputs, Outputs]) -> Operands:
+        return _backward(share, chosen, *arguments)
+
+    arguments = operands, saved, cotangents
+    return partitioned(problem, run, arguments, (axes, (out, row), (out, row)), results)
+
+
+def _backward(
+    problem: Problem, tiles: Tiles, operands: Operands, saved: Outputs, cotangents: Outputs
+) -> Operands:
+    from gna_jax.backends.triton import calls
+
+    out, lse = saved
+    out_cotangent, lse_cotangent = cotangents
+    wide = out.astype(jnp.float32) * out_cotangent.astype(jnp.float32)
+    rows = calls.Saved(out_cotangent, lse, wide.sum(axis=-1) - lse_cotangent)
+    query = calls.query_gradient(problem, operands, tiles, rows)
+    gradients = Operands(query, *calls.key_gradients(problem, operands, tiles, rows))
+    if operands.additional_keys is not None:
+        keys, values = calls.additional_gradients(problem, operands, tiles, rows)
+        gradients = gradients._replace(additional_keys=keys, additional_values=values)
+    if operands.bias is not None:
+        gradients = gradients._replace(bias=calls.bias_gradient(problem, operands, tiles, rows))
+    return gradients
+
+
+def _operand_axes(problem: Problem, operands: Operands) -> Operands:
+    """Which axes of the operands may be split: the bias goes with the query heads."""
+    axes = operand_axes(problem, operands._replace(bias=None))
+    if operands.bias is None:
+        return axes
+    return axes._replace(bias=(QUERY_HEADS, *(None,) * problem.rank))
+
+
+def workload(problem: Problem, tiles: Tiles | None) -> Workload:
+    """The tiles of the kernels and the pairs that their forward computes; its time is not predicted."""
+    tiles = complete(problem, tiles)
+    counts = Simulation.of(problem.neighborhood, problem.global_layout, tiles).forward
+    pairs = counts.tile_elements * counts.visited_elements
+    return Workload(
+        tiles=tiles,
+        computed_pairs=counts.computed_pairs,
+        masked_pairs=counts.partial * pairs,
+        seconds=None,
+    )

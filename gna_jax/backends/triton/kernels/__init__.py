@@ -1,0 +1,1 @@
+"""The kernels, in Triton. Importing any of these modules imports Triton."""

@@ -1,0 +1,117 @@
+"""The kernel of dQ, in Triton: the walk of the forward, with the weights from lse.
+
+dS = P * (dO V^T - delta), dQ = scale * dS K. The additional keys come last, as in the forward.
+"""
+
+import triton
+import triton.language as tl
+
+from gna_jax.backends.triton.kernels.geometry import clean_start, own_place, shell_start, walk
+from gna_jax.backends.triton.kernels.scores import (
+    additional_count,
+    additional_scores,
+    num_visits,
+    program_of,
+    window_scores,
+)
+from gna_jax.backends.triton.kernels.token_tiles import (
+    head_base,
+    in_group,
+    key_base,
+    load_outs,
+    load_queries,
+    load_values,
+    out_base,
+    query_base,
+    store_queries,
+    tile_places,
+    token_numbers,
+    value_base,
+)
+
+
+@triton.jit
+def load_statistics(lse, delta, sample, head, numbers, real, plan: tl.constexpr):
+    """lse in powers of two and delta of queries. Padding weighs nothing: its lse is infinite."""
+    lse_base = head_base(lse, sample, head, plan.tokens, plan.query_heads, 1)
+    delta_base = head_base(delta, sample, head, plan.tokens, plan.query_heads, 1)
+    places = numbers * plan.query_heads
+    powers = tl.load(lse_base + places, mask=real, other=float("inf")) * plan.log2_e
+    return powers, tl.load(delta_base + places, mask=real, other=0.0)
+
+
+@triton.jit
+def score_gradient(scores, cotangent, value_tile, powers, delta, plan: tl.constexpr):
+    """dS of a Q tile and a tile of keys, before the scale; 0 where the score is -inf."""
+    weights = tl.exp2(scores - powers[:, None])
+    products = tl.dot(cotangent, tl.trans(value_tile), input_precision=plan.precision)
+    return weights * (products - delta[:, None])
+
+
+@triton.jit
+def _add(sums, scores, rows, key_tile, value_tile, plan: tl.constexpr):
+    cotangent, powers, delta = rows
+    change = score_gradient(scores, cotangent, value_tile, powers, delta, plan)
+    return tl.dot(change.to(key_tile.dtype), key_tile, sums, input_precision=plan.precision)
+
+
+@triton.jit
+def query_gradient_kernel(
+    query,
+    key,
+    value,
+    bias,
+    additional_keys,
+    additional_values,
+    additional_lengths,
+    out_cotangent,
+    lse,
+    delta,
+    query_change,
+    plan: tl.constexpr,
+):
+    """dQ of one Q tile, in its dtype."""
+    sample, tile, head = program_of(tl.program_id(0), plan.q_tiles, plan.query_heads)
+    kv_head = head // plan.heads_per_kv
+    residues, lengths, own, is_real = own_place(tile, plan, False)
+    box = walk(own, lengths, plan, False)
+    clean, shell = num_visits(box, is_real)
+    places = tile_places(own, plan, False)
+    group = (residues, lengths)
+    real = in_group(places, lengths, plan)
+    numbers = token_numbers(places, residues, plan)
+    from_query = query_base(query, sample, head, plan)
+    from_out = out_base(out_cotangent, sample, head, plan)
+    from_key = key_base(key, sample, kv_head, plan.tokens, plan)
+    from_value = value_base(value, sample, kv_head, plan.tokens, plan)
+    queries = load_queries(from_query, numbers, real, plan, True)
+    cotangent = load_outs(from_out, numbers, real, plan, True)
+    powers, less = load_statistics(lse, delta, sample, head, numbers, real, plan)
+    rows = (cotangent, powers, less)
+    sums = tl.zeros((plan.q_rows, plan.head_columns), tl.float32)
+    for step in range(0, clean):
+        starts = clean_start(step, box, plan, False)
+        scores, keys, columns, seen_keys = window_scores(
+            queries, from_key, bias, head, starts, places, group, plan, False
+        )
+        values = load_values(from_value, columns, seen_keys, plan, False)
+        sums = _add(sums, scores, rows, keys, values, plan)
+    for step in range(0, shell):
+        starts = shell_start(step, box, plan, False)
+        scores, keys, columns, seen_keys = window_scores(
+            queries, from_key, bias, head, starts, places, group, plan, True
+        )
+        values = load_values(from_value, columns, seen_keys, plan, True)
+        sums = _add(sums, scores, rows, keys, values, plan)
+    if additional_keys is not None:
+        from_key = key_base(additional_keys, sample, kv_head, plan.num_additional, plan)
+        from_value = value_base(additional_values, sample, kv_head, plan.num_additional, plan)
+        count = additional_count(additional_lengths, sample, plan)
+        for start in range(0, count, plan.kv_rows):
+            scores, keys, columns, seen_keys = additional_scores(
+                queries, from_key, start, count, plan, plan.kv_rows
+            )
+            values = load_values(from_value, columns, seen_keys, plan, True)
+            sums = _add(sums, scores, rows, keys, values, plan)
+    change_base = query_base(query_change, sample, head, plan)
+    store_queries(change_base, numbers, real, sums * plan.scale, plan)

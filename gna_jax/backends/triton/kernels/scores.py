@@ -1,0 +1,101 @@
+"""What programs that own a Q tile share, in Triton: their place in the grid, and scores of a Q tile and a tile of keys."""
+
+import triton
+import triton.language as tl
+
+from gna_jax.backends.triton.kernels.geometry import key_end, key_first
+from gna_jax.backends.triton.kernels.token_tiles import (
+    in_group,
+    key_bias_numbers,
+    load_bias,
+    load_keys,
+    query_bias_numbers,
+    seen,
+    tile_places,
+    token_numbers,
+)
+
+
+@triton.jit
+def key_intervals(places, lengths, plan: tl.constexpr):
+    """Per axis, the keys `[first, end)` that queries at these places see."""
+    firsts = ()
+    ends = ()
+    for i in tl.static_range(3):
+        firsts = firsts + (key_first(places[i], lengths[i], plan.axes[i]),)  # noqa: RUF005
+        ends = ends + (key_end(places[i], lengths[i], plan.axes[i]),)  # noqa: RUF005
+    return firsts, ends
+
+
+@triton.jit
+def program_of(number, tiles, heads):
+    """Sample, tile and head of a program: heads side by side in memory start side by side in time."""
+    rest = number // heads
+    return rest // tiles, rest % tiles, number % heads
+
+
+@triton.jit
+def num_visits(box, is_real):
+    """Clean visits and shell visits of a walk; none for a tile without tokens."""
+    _, counts, _, cleans = box
+    clean = cleans[0] * cleans[1] * cleans[2]
+    shell = counts[0] * counts[1] * counts[2] - clean
+    return tl.where(is_real, clean, 0), tl.where(is_real, shell, 0)
+
+
+@triton.jit
+def window_scores(
+    query_tile,
+    from_key,
+    bias,
+    head,
+    starts,
+    queries,
+    group,
+    plan: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Scores of a Q tile and the KV tile at `starts`, in powers of two; -inf for masked pairs.
+
+    `queries` are places, `group` is residues and lengths. Returns the K tile, the numbers of its tokens and which are real too.
+    """
+    residues, lengths = group
+    keys = tile_places(starts, plan, True)
+    numbers = token_numbers(keys, residues, plan)
+    real = in_group(keys, lengths, plan)
+    tile = load_keys(from_key, numbers, real, plan, MASKED)
+    scores = tl.dot(query_tile, tl.trans(tile), input_precision=plan.precision) * plan.scale_log2
+    if MASKED:
+        firsts, ends = key_intervals(queries, lengths, plan)
+        mask = seen(firsts, ends, keys, plan)
+    else:
+        mask = True
+    if bias is not None:
+        rows = query_bias_numbers(queries, lengths, plan)
+        pairs = key_bias_numbers(keys, plan)[None, :] - rows[:, None]
+        scores += load_bias(bias, head, pairs, mask, plan, MASKED)
+    if MASKED:
+        scores = tl.where(mask, scores, float("-inf"))
+    return scores, tile, numbers, real
+
+
+@triton.jit
+def additional_scores(
+    query_tile, from_key, start, count, plan: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """`window_scores` of additional keys from number `start` on; `count` of them are seen."""
+    numbers = start + tl.arange(0, COLUMNS)
+    real = numbers < count
+    tile = load_keys(from_key, numbers, real, plan, True)
+    scores = tl.dot(query_tile, tl.trans(tile), input_precision=plan.precision) * plan.scale_log2
+    return tl.where(real[None, :], scores, float("-inf")), tile, numbers, real
+
+
+@triton.jit
+def additional_count(additional_lengths, sample, plan: tl.constexpr):
+    """Additional keys that a sample's queries see."""
+    if additional_lengths is None:
+        return plan.num_additional + 0 * sample
+    else:
+        count = tl.load(additional_lengths + sample).to(tl.int32)
+        return tl.minimum(count, plan.num_additional)

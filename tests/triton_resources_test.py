@@ -1,0 +1,89 @@
+"""The Triton kernels compiled without a GPU: registers, spills and shared memory of the default tiles; and the programs for CUDA."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from triton_suite import GPUS, SHARED_MEMORY, compiled, problem_of
+
+from gna_jax import gna
+
+pytestmark = pytest.mark.triton
+
+SMALL = ((56, 56), {"window_size": 7})
+LARGE = ((16, 32, 32), {"window_size": (8, 16, 16)})
+JOBS = ("forward", "query_gradient", "key_gradient")
+
+
+def check(job, problem, capability):
+    got = compiled(job, problem, capability)
+    assert got.spilled == 0, got[:3]
+    assert got.shared_memory <= SHARED_MEMORY, got[:3]
+    if problem.dtype.itemsize == 2:
+        assert re.search(r"\b(mma\.sync|wgmma\.mma_async)", got.ptx), "the matrix unit is used"
+    return got
+
+
+@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("job", JOBS)
+def test_default_tiles_spill_nothing(job, capability):
+    check(job, problem_of(*LARGE, 64, jnp.bfloat16), capability)
+
+
+@pytest.mark.parametrize("job", (*JOBS, "bias_gradient"))
+def test_a_small_window_with_a_bias(job):
+    check(job, problem_of(*SMALL, 32, jnp.float16, has_bias=True), 80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("dim", (32, 64, 128, 256))
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32), ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("rule", (SMALL, LARGE), ids=["small", "large"])
+@pytest.mark.parametrize("job", (*JOBS, "bias_gradient", "additional_gradient"))
+def test_every_setting(job, rule, dtype, dim, capability):
+    has_bias = rule is SMALL and job != "additional_gradient"
+    if job == "bias_gradient" and not has_bias:
+        rule, has_bias = SMALL, True
+    more = 0 if has_bias else 77
+    check(job, problem_of(*rule, dim, dtype, has_bias=has_bias, num_additional=more), capability)
+
+
+def lowered(function, *arrays):
+    program = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
+    return program.as_text()
+
+
+def kernels(text):
+    return len(re.findall(r"custom_call @triton_kernel_call_ffi", text))
+
+
+OPTIONS = {"window_size": 5, "implementation": "triton", "device": "a100"}
+
+
+def test_lowers_for_cuda_to_one_kernel_and_no_copy():
+    x = jax.ShapeDtypeStruct((2, 8, 24, 4, 32), jnp.bfloat16)
+    text = lowered(lambda q, k, v: gna(q, k, v, dilation=(1, 3), **OPTIONS), x, x, x)
+    assert kernels(text) == 1
+    assert not re.search(r"stablehlo\.(pad|transpose|while|gather)", text)
+
+
+def test_gradients_under_vmap_are_two_more_kernels():
+    x = jax.ShapeDtypeStruct((3, 2, 24, 4, 32), jnp.bfloat16)
+    loss = lambda x: gna(x, x, x, **OPTIONS).astype(jnp.float32).sum()
+    text = lowered(jax.grad(lambda x: jax.vmap(loss)(x).sum()), x)
+    assert kernels(text) == 3 and "stablehlo.while" not in text
+
+
+def test_shard_map_keeps_its_shares():
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("batch", "heads"))
+    spec = PartitionSpec("batch", None, "heads")
+    run = jax.shard_map(
+        lambda x: gna(x, x, x, **OPTIONS), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True
+    )
+    text = lowered(run, jax.ShapeDtypeStruct((4, 24, 4, 32), jnp.bfloat16))
+    assert kernels(text) == 1 and "tensor<2x24x2x32xbf16>" in text
+    assert not re.search(r"all_gather|all_reduce|all_to_all|collective_permute", text)
