@@ -24,7 +24,8 @@ def interpret_gpu(
     """Inside, the default device is this GPU, and `implementation="mosaic"` runs its kernels in JAX's interpreter on the CPU.
 
     For debugging a model with the real kernels: forward, backward, under `jax.jit` and `jax.grad`. Slow, thousands of times:
-    use a few hundred tokens. The interpreter does not model that wgmma runs asynchronously.
+    use a few hundred tokens. The interpreter does not model that wgmma runs asynchronously. `implementation="triton"` runs in
+    Triton's own interpreter, in a Python that was started with TRITON_INTERPRET=1.
 
     Args:
       device: `"h100"`, `"h200"`, `"b200"`, or a `DeviceSpec` of such a GPU.
