@@ -58,18 +58,18 @@ _WIDE: dict[Job, dict[int, Settings]] = {
     "forward": {
         32: Settings(64, 64, 4, 2),
         64: Settings(64, 64, 4, 2),
-        128: Settings(64, 64, 4, 2),
+        128: Settings(64, 64, 8, 2),
         256: Settings(64, 32, 8, 2),
     },
     "query_gradient": {
         32: Settings(64, 64, 4, 2),
         64: Settings(64, 64, 4, 2),
         128: Settings(64, 32, 4, 2),
-        256: Settings(64, 32, 8, 1),
+        256: Settings(32, 32, 8, 1),
     },
     "key_gradient": {
         32: Settings(64, 64, 4, 2),
-        64: Settings(64, 64, 4, 2),
+        64: Settings(32, 64, 4, 2),
         128: Settings(32, 64, 8, 2),
         256: Settings(32, 32, 8, 1),
     },
