@@ -17,6 +17,9 @@ import numpy as np
 
 from gna_jax.neighborhood import AxisNeighborhood, Neighborhood, group_length
 
+Box = tuple[tuple[int, int], ...]
+"""Per spatial axis, `[first, end)` of a shard's own rows."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -173,6 +176,28 @@ def halos(
     neighborhood.check_layout(layout)
     axes = zip(neighborhood.axes, layout, shards, strict=True)
     return tuple(axis_halo(*axis, axis=number) for number, axis in enumerate(axes))
+
+
+def interior_share(axes: Sequence[AxisHalo]) -> float:
+    """Share of a shard's queries that see rows of their own shard alone."""
+    return math.prod((axis.interior[1] - axis.interior[0]) / axis.rows for axis in axes)
+
+
+def border(axes: Sequence[AxisHalo]) -> tuple[tuple[Box | None, Box | None], ...]:
+    """The other queries, where there is an interior: per axis the boxes in front of it and behind it, None where there is none.
+
+    An axis's boxes are whole on the axes after it, and inside the interior on those before: no two overlap.
+    """
+    inside = tuple(axis.interior for axis in axes)
+    whole = tuple((0, axis.rows) for axis in axes)
+
+    def box(number: int, first: int, end: int) -> Box | None:
+        return (*inside[:number], (first, end), *whole[number + 1 :]) if first < end else None
+
+    return tuple(
+        (box(number, 0, first), box(number, end, axes[number].rows))
+        for number, (first, end) in enumerate(inside)
+    )
 
 
 def exchange_order(axes: Sequence[AxisHalo]) -> tuple[int, ...]:

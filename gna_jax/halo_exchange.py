@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gna_jax.halo import AxisHalo, exchange_order
+from gna_jax.halo import AxisHalo, Box, border, exchange_order
 
 MeshAxes = None | str | tuple[str, ...]
 """What an axis of an array is sharded over, as in a `PartitionSpec`."""
-Box = tuple[tuple[int, int], ...]
-"""Per spatial axis, `[first, end)` of a shard's own rows."""
 Outputs = tuple[jax.Array, jax.Array]
 
 
@@ -75,33 +73,20 @@ def _with_halo(x: jax.Array, axis: AxisHalo, names: MeshAxes, dimension: int) ->
     return lax.concatenate([*before, x, *after], dimension)
 
 
-def interior_share(axes: Sequence[AxisHalo]) -> float:
-    """Share of a shard's queries that see rows of their own shard alone."""
-    inside = math.prod(end - first for first, end in (axis.interior for axis in axes))
-    return inside / math.prod(axis.rows for axis in axes)
-
-
 def in_parts(axes: Sequence[AxisHalo], attend: Callable[[Box, bool], Outputs]) -> Outputs:
     """The outputs of a shard from those of its interior and of the boxes around it.
 
     `attend(box, is_interior)` computes those of a box of queries.
     """
-
-    def of_box(box: Box) -> Outputs:
-        number = len(box)
-        if number == len(axes):
-            return attend(box, True)
-        first, end = axes[number].interior
-        rest = tuple((0, axis.rows) for axis in axes[number + 1 :])
-        parts = []
-        if first:
-            parts.append(attend((*box, (0, first), *rest), False))
-        parts.append(of_box((*box, (first, end))))
-        if end < axes[number].rows:
-            parts.append(attend((*box, (end, axes[number].rows), *rest), False))
-        return _joined(parts, 1 + number)
-
-    return of_box(())
+    outputs = attend(tuple(axis.interior for axis in axes), True)
+    for number, (front, behind) in reversed(list(enumerate(border(axes)))):
+        parts = [outputs]
+        if front is not None:
+            parts.insert(0, attend(front, False))
+        if behind is not None:
+            parts.append(attend(behind, False))
+        outputs = _joined(parts, 1 + number)
+    return outputs
 
 
 def _joined(parts: Sequence[Any], dimension: int) -> Outputs:

@@ -21,15 +21,13 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from gna_jax.attention import as_operands, gna, problem_of, slab_attention
 from gna_jax.device import DeviceSpec, resolve_device
-from gna_jax.halo import halos
+from gna_jax.halo import Box, halos, interior_share
 from gna_jax.halo_exchange import (
-    Box,
     MeshAxes,
     Outputs,
     as_names,
     box_of,
     in_parts,
-    interior_share,
     shard_origin,
     shards_of,
     with_halos,

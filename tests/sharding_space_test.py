@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_suite import BIAS, LENGTHS, Results, case_of, check_close, differentiate, oracle
+from attention_suite import BIAS, Results, case_of, check_close, differentiate, oracle
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gna_jax import gna, gna_sharded, halo, merge_over_mesh, shard_attention
@@ -293,7 +293,6 @@ def test_wrong_calls():
         shard_attention(**arrays, **case.geometry, spatial_axes=("x",))
     with pytest.raises(ValueError, match="window_size must not exceed"):
         gna_sharded(**arrays, window_size=13, spec=P(None, "x"), mesh=mesh)
-    assert LENGTHS not in arrays
 
 
 def test_the_current_mesh_and_that_of_the_query():

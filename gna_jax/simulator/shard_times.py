@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from gna_jax.device import resolve_device
-from gna_jax.halo import AxisHalo
+from gna_jax.halo import AxisHalo, Box, border
 from gna_jax.neighborhood import AxisNeighborhood, Neighborhood, group_length
 from gna_jax.simulator import roofline
 from gna_jax.simulator.cost import FORWARD_PRODUCTS
@@ -183,10 +183,6 @@ def ulysses_seconds(made: Cut, setting: Setting, link: Link) -> float | None:
     return None if traffic is None else link.seconds(4 if made.devices > 1 else 0, traffic.forward)
 
 
-Box = tuple[tuple[int, int], ...]
-"""`[first, end)` of a shard's rows on every axis."""
-
-
 def interior_box(made: Cut) -> Box | None:
     """The queries that see keys of their own shard alone; None where there are none."""
     box = tuple(axis.interior for axis in made.axes)
@@ -194,18 +190,10 @@ def interior_box(made: Cut) -> Box | None:
 
 
 def border_boxes(made: Cut) -> list[Box]:
-    """The other queries, in disjoint boxes: for each axis the rows before and behind the interior's, of what is left."""
-    box = _whole(made)
-    inside = interior_box(made)
-    if inside is None:
-        return [box]
-    boxes = []
-    for number, (first, end) in enumerate(inside):
-        for part in ((0, first), (end, box[number][1])):
-            if part[0] < part[1]:
-                boxes.append((*box[:number], part, *box[number + 1 :]))
-        box = (*box[:number], (first, end), *box[number + 1 :])
-    return boxes
+    """The other queries, in disjoint boxes."""
+    if interior_box(made) is None:
+        return [_whole(made)]
+    return [box for pair in border(made.axes) for box in pair if box is not None]
 
 
 def _whole(made: Cut) -> Box:

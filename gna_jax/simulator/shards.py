@@ -12,7 +12,14 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from gna_jax.halo import AxisHalo, axis_halo, exchange_order, exchanged_tokens, halos
+from gna_jax.halo import (
+    AxisHalo,
+    axis_halo,
+    exchange_order,
+    exchanged_tokens,
+    halos,
+    interior_share,
+)
 from gna_jax.neighborhood import AxisNeighborhood, Neighborhood, by
 from gna_jax.simulator.estimate import Setting
 
@@ -73,7 +80,7 @@ class Cut:
     @property
     def interior_share(self) -> float:
         """Share of a shard's queries that see keys of their own shard alone, whichever shard it is."""
-        return math.prod((axis.interior[1] - axis.interior[0]) / axis.rows for axis in self.axes)
+        return interior_share(self.axes)
 
     def exchanges(self) -> list[tuple[AxisHalo, int]]:
         """The axes in the order of their exchanges, each with the tokens that one of its rows holds by then on a device."""
