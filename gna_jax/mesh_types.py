@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
 from gna_jax.problem import Operands
@@ -41,6 +40,8 @@ def traced_unvarying(function: Callable[..., list[Any]]) -> Callable[..., list[A
     def run(*arrays: Any) -> list[Any]:
         if not any(map(_varying, arrays)):
             return function(*arrays)
+        from jax.extend.core import jaxpr_as_fun  # here: jax.extend takes long to import
+
         shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
         return jaxpr_as_fun(jax.make_jaxpr(function)(*shapes))(*arrays)
 
