@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -38,6 +38,7 @@ Interval = tuple[Any, Any]
 """`[first, end)` on one axis, in positions of a dilation group; empty where `end <= first`."""
 
 
+@runtime_checkable  # by jaxtyping's import hook, with which users check calls
 class AxisRule(Protocol):
     """Who sees whom on one axis: an `AxisNeighborhood`, or one whose queries and keys are numbered apart (slabs).
 
