@@ -33,6 +33,9 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "mask": lambda: mask_1d(32, window_size=8, stride=4),
     "window-3d": lambda: window((6, 12, 16), window_size=(3, 6, 8), stride=(1, 2, 4)),
     "tile-map": lambda: tile_map((64, 64), window_size=24, q_tile=8, kv_tile=8),
+    "tile-map-small": lambda: tile_map(
+        (56, 56), window_size=7, q_tile=8, kv_tile=(2, 16), q_start=24
+    ),
     "work-map": lambda: work_map((96, 128), window_size=40, q_tile=8, kv_tile=8),
     "speedup": hunyuan_speedup,
     "shards": lambda: shards((48, 48), window_size=9, cuts=((8, 1), (4, 2), (4, 4))),
