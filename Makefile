@@ -27,6 +27,9 @@ PYTEST = -m pytest -n 2 --dist worksteal
 # On the oldest jax: what could break with its version. Geometry, tiles, messages and reports are numpy and Python.
 CORE_TESTS = $(addprefix tests/,xla_test.py reference_test.py vjp_test.py sharding_test.py flax_test.py)
 CORE_CHOICE = -k "not (explicit_tiles or several_steps or head_dims)"
+# What Triton compiles; the other Triton tests are of values, in its interpreter.
+TRITON_COMPILED = tests/triton_resources_test.py tests/triton_sharding_test.py
+TRITON_VALUES = $(filter-out $(TRITON_COMPILED) tests/triton_test.py,$(wildcard tests/triton_*_test.py))
 
 .PHONY: help setup lint type test test-newest test-oldest test-kernels test-triton test-all bazel-test gpu gpu-library demo bench wheel format clean
 
@@ -96,14 +99,23 @@ test-kernels-parts: setup
 
 # Triton interprets in one process and compiles in the other: it decides at its import. jax's compiler for CUDA is in two of its wheels.
 test-triton: ## Triton kernels without a GPU: values in Triton's interpreter, then compiled; in .venv-triton (2 GB)
+	@mkdir -p build
+	@.ci/timed "Triton kernels" 300 $(MAKE) test-triton-parts TRITON_CHOICE="triton and not slow"
+	@.ci/timed
+	@tail -qn 1 build/pytest-triton-values.log build/pytest-triton-compiled.log
+
+.PHONY: test-triton-parts
+test-triton-parts:
 	@.ci/setup $(TRITON_VENV) test,triton $(JAX)
 	@version=$$($(TRITON_VENV)/bin/python -c 'import jaxlib; print(jaxlib.__version__)'); \
 	  $(TRITON_VENV)/bin/python -m pip install --quiet --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
-	@TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python $(PYTEST) -m "triton and not slow" tests/triton_geometry_test.py tests/triton_kernels_test.py $(PYTEST_ARGS)
-	@$(TRITON_VENV)/bin/python $(PYTEST) -m "triton and not slow" tests/triton_resources_test.py $(PYTEST_ARGS)
+	@TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python $(PYTEST) -m "$(TRITON_CHOICE)" $(TRITON_VALUES) $(PYTEST_ARGS) | tee build/pytest-triton-values.log
+	@$(TRITON_VENV)/bin/python $(PYTEST) -m "$(TRITON_CHOICE)" $(TRITON_COMPILED) $(PYTEST_ARGS) | tee build/pytest-triton-compiled.log
 
-test-all: setup ## the tests, those of the GPU kernels and those marked slow: an hour or two
-	@$(VENV)/bin/python $(PYTEST) -m "not gpu and not triton" $(PYTEST_ARGS)
+test-all: setup ## the tests, those of the GPU kernels and those marked slow: some hours
+	@mkdir -p build
+	@$(VENV)/bin/python $(PYTEST) -m "not gpu and not triton" $(PYTEST_ARGS) | tee build/pytest-all.log
+	@$(MAKE) test-triton-parts TRITON_CHOICE=triton
 
 RUN_BAZEL = PATH="$(abspath $(VENV))/bin:$$PATH" $(BAZEL) --output_user_root=$(CURDIR)/build/bazel
 
@@ -115,13 +127,14 @@ bazel-test: setup ## Bazel's view of the tree: its quick tests, without a networ
 
 # Parts go on after a failure: a GPU is rare, and what the next part says is worth having. All of it stays below GPU_MINUTES.
 gpu: ## on this machine's GPU, in 9 minutes: the tests marked gpu, gna-jax selfcheck, the benchmark of published sizes
-	@if [ -z "$(GPU_PYTHON)" ]; then $(MAKE) setup EXTRAS=dev,cuda13,cuda-build; fi
+	@if [ -z "$(GPU_PYTHON)" ]; then $(MAKE) setup EXTRAS=dev,cuda13,cuda-build,triton; fi
 	@GNA_JAX_TEST_GPU=1 $(MAKE) gpu-parts GPU_STARTED=$(shell date +%s) GPU_PYTHON=$(or $(GPU_PYTHON),$(VENV)/bin/python)
 
-# cutlass takes part where its library can be loaded, or be built within GPU_BUILD_SECONDS. Tests: at most a third of the time.
+# cutlass takes part where its library can be loaded, or be built within GPU_BUILD_SECONDS; triton where it can be imported. Tests: at most
+# a third of the time; what was found until then is told. One implementation: make gpu PYTEST_ARGS="-k triton".
 .PHONY: gpu-parts
 gpu-parts: export XLA_PYTHON_CLIENT_PREALLOCATE = false
-gpu-parts: export PYTHONPATH = $(CURDIR)
+gpu-parts: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu-parts:
 	@if ! $(GPU_PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; then \
 	  echo "jax sees no GPU here, so there is nothing to verify on one. Without a GPU: make test-kernels."; exit; \
@@ -132,9 +145,10 @@ gpu-parts:
 	else \
 	  echo "without cutlass: no CUDA library, and none could be built in $(GPU_BUILD_SECONDS) s; going on with mosaic"; \
 	fi; \
+	if $(IMPORTS_TRITON); then implementations=$$implementations,triton; else echo "without triton; going on with $$implementations"; fi; \
 	part=$$(((60 * $(GPU_MINUTES) - SECONDS) / 3)); workers=$$(($$(nproc) < 8 ? 4 : 8)); \
-	GNA_JAX_TEST_IMPLEMENTATIONS=$$implementations timeout $$part \
-	  $(GPU_PYTHON) -m pytest -m gpu -n $$workers -o faulthandler_timeout=60 $(PYTEST_ARGS) || status=$$?; \
+	GNA_JAX_TEST_IMPLEMENTATIONS=$$implementations timeout --foreground --signal=INT --kill-after=20 $$part \
+	  $(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) -n $$workers -o faulthandler_timeout=60 $(PYTEST_ARGS) || status=$$?; \
 	timeout $$part $(GPU_PYTHON) -m gna_jax selfcheck --out build/selfcheck.md \
 	  --minutes $$(awk "BEGIN {print ($$part - 15) / 60}") || status=$$?; \
 	left=$$((60 * $(GPU_MINUTES) - 30 - SECONDS)); \
@@ -144,6 +158,10 @@ gpu-parts:
 	exit $$status
 
 LOADS_CUDA_LIBRARY = $(GPU_PYTHON) -c 'from cuda_ffi import library; library.load()'
+# Says in its last line why it cannot.
+IMPORTS_TRITON = $(GPU_PYTHON) -c 'from gna_jax.backends.triton import toolchain; toolchain.check(is_interpreted=False)' 2>&1 | tail -n 1
+# By name: a Python for the GPU alone need not have what other tests import.
+GPU_TESTS = tests/gpu_kernels_test.py tests/gpu_triton_test.py tests/tuning_test.py
 
 # A machine with a GPU may have no compiler and no network: what this leaves in the package's folder is ignored by git, and is where
 # `GNA_JAX_CUDA=1 pip install .` puts it, by which it is made.

@@ -25,8 +25,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import typer
 from published import report
-from published.cases import DIRECTIONS, SUITES, Case
-from published.contestants import CudnnDense, Gna, Tokamax, empty_call_seconds
+from published.cases import DIRECTIONS, FORWARD, SUITES, Case
+from published.contestants import (
+    CudnnDense,
+    Gna,
+    Tokamax,
+    copied_bytes_per_second,
+    empty_call_seconds,
+)
 from published.report import Facts, Row
 from published.rounds import MIN_SECONDS, Budget, Contestant, measure
 from published.torch_process import TorchFlex
@@ -59,7 +65,7 @@ def main(
     cases: Annotated[str, typer.Option(help="names joined by commas [default: all]")] = "",
     implementations: Annotated[
         str, typer.Option(help="of gna, joined by commas")
-    ] = "mosaic,cutlass",
+    ] = "mosaic,cutlass,triton",
     peers: Annotated[str, typer.Option(help="joined by commas, or none")] = ",".join(PEERS),
     rounds: Annotated[int, typer.Option(min=1, help="repetitions of every contestant")] = 9,
     minutes: Annotated[float, typer.Option(help="for all of it")] = 8.0,
@@ -84,7 +90,7 @@ def main(
     device = resolve_device(None)
     found = Found()
     started = time.monotonic()
-    empty = empty_call_seconds()
+    empty, copied = empty_call_seconds(), copied_bytes_per_second()
 
     def save() -> tuple[Path, Path]:
         run = report.Run(
@@ -97,6 +103,7 @@ def main(
             clocks=found.clocks,
             not_reached=tuple(found.not_reached),
             seconds=time.monotonic() - started,
+            copied_bytes_per_second=copied,
         )
         kind = re.sub(r"[^a-z0-9]+", "-", device.kind.lower())
         return report.write(found.rows, run, chosen, out or RESULTS / f"{run.date}-{kind}")
@@ -105,7 +112,8 @@ def main(
         files = save()
         for case in chosen.values():
             for way in directions:
-                attend(case, way, contestants, rounds, budget, found, device, console)
+                known = facts(case, way, contestants, device, copied)
+                attend(case, way, contestants, rounds, budget, found, known, console)
                 files = save()
     finally:
         flex.stop()
@@ -136,7 +144,7 @@ def attend(
     rounds: int,
     budget: Budget,
     found: Found,
-    device: DeviceSpec,
+    known: dict[str, Facts],
     console: Console,
 ) -> None:
     """Measure one case in one direction and print its table; say so where the time is up."""
@@ -148,7 +156,7 @@ def attend(
         update = lambda text: status.update(f"{name}: {text}, {budget.left:.0f} s left")
         results = measure(case, direction, contestants, rounds, budget, update)
     found.clocks[name] = gpu_state(STATE) or "not told"
-    rows = report.rows_of(case, results, facts(case, direction, contestants, device))
+    rows = report.rows_of(case, results, known)
     found.rows += rows
     found.not_reached += [
         f"{name}: {row.result.contestant}" for row in rows if row.result.note == "not reached"
@@ -162,9 +170,14 @@ def attend(
 
 
 def facts(
-    case: Case, direction: str, contestants: Sequence[Contestant], device: DeviceSpec
+    case: Case,
+    direction: str,
+    contestants: Sequence[Contestant],
+    device: DeviceSpec,
+    bytes_per_second: float,
 ) -> dict[str, Facts]:
-    """What the simulator says of every contestant that it knows."""
+    """What the simulator says of every contestant that it knows, and what memory says of gna's forward."""
+    floor = case.forward_bytes / bytes_per_second if direction == FORWARD else math.nan
     told = {}
     for contestant in contestants:
         predicted, share = None, math.nan
@@ -173,11 +186,13 @@ def facts(
                 explained = case.explain(contestant.implementation)
             except NotImplementedError:
                 continue
-            predicted = case.predicted_seconds(explained.tiles, direction, device)
-            share = explained.useful_share if direction == "forward" else math.nan
+            if explained.predicted is not None:  # the simulator knows this implementation
+                predicted = case.predicted_seconds(explained.tiles, direction, device)
+            share = explained.useful_share if direction == FORWARD else math.nan
         elif contestant.is_dense:
             predicted = case.predicted_dense_seconds(direction, device)
-        told[contestant.name] = Facts(math.nan if predicted is None else predicted, share)
+        seconds = math.nan if predicted is None else predicted
+        told[contestant.name] = Facts(seconds, share, floor if contestant.is_ours else math.nan)
     return told
 
 

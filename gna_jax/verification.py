@@ -17,128 +17,14 @@ from jaxtyping import Array, Float
 
 from gna_jax.attention import gna
 from gna_jax.device import DeviceSpec, resolve_device
-from gna_jax.neighborhood import Neighborhood, by
-from gna_jax.problem import FLOAT8
+from gna_jax.neighborhood import Neighborhood
+from gna_jax.trials import FLOAT8_TRIALS, MORE_TRIALS, TRIALS, Trial, tolerance
 
-TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2.5e-3}
-"""Largest error of out and gradients, as a share of the array's largest entry: weights are rounded to 8 or 11 bits before a product."""
-FLOAT8_TOLERANCE = 6e-2
-"""The same of out where operands, and with them the weights, are float8, of 4 bits: twice what rounding them does."""
-LSE_TOLERANCE = 2e-5
-"""The same of lse: float32 sums of exact products. A single key too many among ten thousand shows."""
-
+OPTIONAL_TRIALS = FLOAT8_TRIALS + MORE_TRIALS
+"""What a kernel need not take; where it does, it must be right in them as well."""
 SAMPLE = 64
 """Queries compared per batch entry; their loss is the only one, so all keys' gradients are compared as well."""
 SCORES_AT_A_TIME = 1 << 27
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One call of `gna` to compare, forward and backward. Names as `gna`'s arguments.
-
-    Attributes:
-      num_additional, additional_lengths: additional keys, and how many of them each sample sees.
-      is_small: whether JAX's interpreter takes less than a minute for it.
-    """
-
-    layout: tuple[int, ...]
-    window_size: int | tuple[int, ...]
-    stride: int | tuple[int, ...] = 1
-    dilation: int | tuple[int, ...] = 1
-    is_causal: bool | tuple[bool, ...] = False
-    _: dataclasses.KW_ONLY
-    dtype: str = "bfloat16"
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    head_dim: int = 64
-    value_dim: int = 64
-    num_additional: int = 0
-    additional_lengths: tuple[int, ...] | None = None
-    is_small: bool = False
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether the call can be differentiated: not in float8."""
-        return self.dtype != FLOAT8
-
-    @property
-    def neighborhood(self) -> Neighborhood:
-        """The rule of every axis."""
-        return Neighborhood.of(
-            len(self.layout),
-            window_size=self.window_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            is_causal=self.is_causal,
-        )
-
-    def __str__(self) -> str:
-        """As it stands in the table: `30x48 w6x8 s2x8, 4/2 heads x 64`."""
-        rule = self.neighborhood
-        text = f"{by(self.layout)} w{by(rule.window_size)}"
-        for letter, sizes in (("s", rule.stride), ("d", rule.dilation)):
-            text += f" {letter}{by(sizes)}" if set(sizes) != {1} else ""
-        text += f" causal{by(rule.is_causal)}" if any(rule.is_causal) else ""
-        heads = str(self.heads) + (f"/{self.kv_heads}" if self.kv_heads != self.heads else "")
-        dims = str(self.head_dim) + (
-            f"/{self.value_dim}" if self.value_dim != self.head_dim else ""
-        )
-        more = f", {self.num_additional} more keys" if self.num_additional else ""
-        return f"{text}, {heads} heads x {dims}{more}"
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of `gna`'s arrays by name, the additional lengths apart."""
-        tokens, more = (self.batch, *self.layout), (self.batch, self.num_additional)
-        shapes = {
-            "query": (*tokens, self.heads, self.head_dim),
-            "key": (*tokens, self.kv_heads, self.head_dim),
-            "value": (*tokens, self.kv_heads, self.value_dim),
-        }
-        if self.num_additional:
-            shapes["additional_keys"] = (*more, self.kv_heads, self.head_dim)
-            shapes["additional_values"] = (*more, self.kv_heads, self.value_dim)
-        return shapes
-
-    def operands(self, seed: int) -> dict[str, Any]:
-        """Standard normal arrays by `gna`'s names, on the default device, and the additional lengths."""
-        shapes = self.shapes()
-        keys = jax.random.split(jax.random.key(seed), len(shapes))
-        drawn = self.dtype if self.has_gradients else jnp.float32
-        arrays: dict[str, Any] = {
-            name: jax.random.normal(key, shape, drawn).astype(self.dtype)
-            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
-        if self.additional_lengths is not None:
-            arrays["additional_lengths"] = jnp.asarray(self.additional_lengths, jnp.int32)
-        return arrays
-
-
-TRIALS = (
-    Trial((70,), 9, heads=1, kv_heads=1, head_dim=32, value_dim=32, is_small=True),
-    Trial((7, 12), (3, 5), (1, 2), (2, 1), (False, True), dtype="float16", kv_heads=1, is_small=True),
-    Trial((3, 4, 6), (2, 3, 4), heads=1, kv_heads=1, num_additional=5, batch=2, additional_lengths=(0, 3), is_small=True),
-    Trial((1111,), 300, heads=6, kv_heads=3, batch=2),
-    Trial((8192,), 1021, head_dim=128, value_dim=128),
-    Trial((5000,), 640, 64, 3, True, dtype="float16", heads=6, kv_heads=2),
-    Trial((2048,), -1, is_causal=True, head_dim=128, value_dim=128),
-    Trial((56, 56), 7, dtype="float16", batch=16, heads=4, kv_heads=4, head_dim=32, value_dim=32),
-    Trial((61, 83), (9, 7), (2, 3), (3, 4), head_dim=32, value_dim=32),
-    Trial((96, 96), 32, 16, head_dim=128, value_dim=128),
-    Trial((70, 50), (20, 13), 1, 1, (True, False), dtype="float16", head_dim=48, value_dim=24),
-    Trial((10, 24, 40), (6, 8, 8), (2, 8, 8), head_dim=128, value_dim=128, heads=4, kv_heads=4),
-    Trial((11, 23, 29), (5, 8, 11), dtype="float16", head_dim=128, value_dim=128, heads=4),
-    Trial((9, 30, 32), (4, 5, 7), (1, 2, 1), (1, 3, 2), (True, False, False), num_additional=77),
-    Trial((6, 20, 24), (-1, 6, 8), batch=3, head_dim=32, value_dim=32, dtype="float16"),
-)  # fmt: skip
-"""What a kernel must get right: every rank, 16-bit dtype, head dim and option. The small ones first."""
-
-FLOAT8_TRIALS = (
-    Trial((3000,), 300, dilation=2, heads=4, batch=2, dtype=FLOAT8),
-    Trial((61, 83), (9, 7), (2, 3), is_causal=(True, False), dtype=FLOAT8),
-    Trial((10, 24, 40), (6, 8, 8), (2, 8, 8), head_dim=128, value_dim=128, dtype=FLOAT8),
-)
-"""And where it takes float8, forward alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,15 +45,15 @@ class Outcome:
     @property
     def is_right(self) -> bool:
         """Whether every array is within its tolerance (NaN is not), and the same twice."""
-        within = (error <= tolerance(name, self.trial.dtype) for name, error in self.errors.items())
+        allowed = lambda name: tolerance(name, self.trial.arithmetic)
+        within = (error <= allowed(name) for name, error in self.errors.items())
         return not self.failure and self.is_repeatable and bool(self.errors) and all(within)
 
 
-def tolerance(name: str, dtype: str) -> float:
-    """Largest error of an array of a trial."""
-    if name == "lse":
-        return LSE_TOLERANCE
-    return FLOAT8_TOLERANCE if dtype == FLOAT8 else TOLERANCE[dtype]
+def trials_with(optional: Sequence[Trial], is_interpreted: bool) -> tuple[Trial, ...]:
+    """All of `TRIALS`, and the optional ones that an implementation takes; interpreted, the small ones."""
+    trials = (*TRIALS, *optional)
+    return tuple(trial for trial in trials if trial.is_small or not is_interpreted)
 
 
 def verify(
@@ -206,13 +92,14 @@ def attempt(trial: Trial, implementation: str, seed: int) -> Outcome:
     sample = sample_tokens(trial.layout, SAMPLE, seed)
     cotangents = sampled_cotangents(operands, trial.value_dim, sample, seed)
     static = {name: operands.pop(name) for name in ("additional_lengths",) if name in operands}
-    rule = dataclasses.asdict(trial.neighborhood)
+    options: dict[str, Any] = dataclasses.asdict(trial.neighborhood)
+    options["precision"] = trial.precision
 
     @jax.jit
     def run(operands: Any, cotangents: Any) -> Any:
         def call(operands: Any) -> Any:
             arrays = operands | static
-            return gna(**arrays, **rule, return_lse=True, implementation=implementation)
+            return gna(**arrays, **options, return_lse=True, implementation=implementation)
 
         if trial.has_gradients:
             outputs, pull_back = jax.vjp(call, operands)
@@ -275,7 +162,7 @@ def sampled_attention(
     """Attention of the sampled queries to all keys they see in float32, and its gradients.
 
     Args:
-      operands: by `gna`'s names, `query [B, *space, N, H]` and so on; additional keys as well.
+      operands: by `gna`'s names, `query [B, *space, N, H]` and so on; additional keys and the bias as well.
       cotangents: of `out [B, *space, N, V]` and `lse [B, *space, N]`, zero but at the sampled queries.
       neighborhood: the rule.
       sample: numbers `[S]` of the queries.
@@ -297,29 +184,34 @@ def sampled_attention(
     if more is not None:
         key = jnp.concatenate([key, more], axis=1)
         value = jnp.concatenate([value, operands["additional_values"]], axis=1)
+    bias = operands.get("relative_position_bias")
     at_a_time = max(1, SCORES_AT_A_TIME // (heads * (space + num_additional)))
     parts = np.array_split(sample, math.ceil(len(sample) / at_a_time))
     entries = []
     for entry in range(batch):
-        rows, dkey, dvalue = [], 0.0, 0.0
+        rows, sums = [], None
         for part in parts:
-            own, *theirs = _attend_rows(
+            biased = None if bias is None else (bias, _bias_entries(neighborhood, layout, part))
+            own, theirs = _attend_rows(
                 *(x[entry, part] for x in (query, dout, dlse)),
                 key[entry],
                 value[entry],
                 jnp.asarray(_seen(neighborhood, layout, part, num_additional, int(lengths[entry]))),
                 scale,
+                biased,
             )
             rows.append(own)
-            dkey, dvalue = dkey + theirs[0], dvalue + theirs[1]
+            sums = theirs if sums is None else jax.tree.map(jnp.add, sums, theirs)
         joined = jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
-        entries.append((joined, dkey, dvalue))
-    rows, dkey, dvalue = jax.tree.map(lambda *x: jnp.stack(x), *entries)
+        entries.append((joined, sums))
+    rows, (dkey, dvalue, dbias) = jax.tree.map(lambda *x: jnp.stack(x), *entries)
     want: dict[str, Array] = {"out": rows[0], "lse": rows[1], "d query": rows[2]}
     want["d key"] = dkey[:, :space].reshape(operands["key"].shape)
     want["d value"] = dvalue[:, :space].reshape(operands["value"].shape)
     if more is not None:
         want |= {"d additional_keys": dkey[:, space:], "d additional_values": dvalue[:, space:]}
+    if bias is not None:
+        want["d relative_position_bias"] = dbias.sum(axis=0)
     return want
 
 
@@ -343,11 +235,38 @@ def _seen(
     return np.concatenate([mask.reshape(len(queries), -1), more], axis=1)
 
 
+def _bias_entries(
+    neighborhood: Neighborhood, layout: Sequence[int], queries: np.ndarray
+) -> np.ndarray:
+    """`[queries, keys]`: numbers of the pairs' bias entries in one head's table, any where they do not attend."""
+    extents = [a.window_extent(n) for a, n in zip(neighborhood.axes, layout, strict=True)]
+    places = [
+        np.stack(np.unravel_index(tokens, tuple(layout)))
+        for tokens in (queries, np.arange(math.prod(layout)))
+    ]
+    entries = []
+    for i, j, dilation, extent in zip(*places, neighborhood.dilation, extents, strict=True):
+        entry = (j[None, :] - i[:, None]) // dilation + extent - 1
+        entries.append(np.clip(entry, 0, 2 * extent - 2))
+    sizes = tuple(2 * extent - 1 for extent in extents)
+    return np.asarray(np.ravel_multi_index(tuple(entries), sizes))
+
+
 @jax.jit
 def _attend_rows(
-    query: Array, dout: Array, dlse: Array, key: Array, value: Array, seen: Array, scale: Any
+    query: Array,
+    dout: Array,
+    dlse: Array,
+    key: Array,
+    value: Array,
+    seen: Array,
+    scale: Any,
+    biased: tuple[Array, Array] | None,
 ) -> Any:
-    """Queries `[S, N, H]` of one batch entry against keys `[T, K, H]`: `(out, lse, dquery), dkey, dvalue`, float32."""
+    """Queries `[S, N, H]` of one batch entry against keys `[T, K, H]`: `(out, lse, dquery), (dkey, dvalue, dbias)`, float32.
+
+    `biased`: a bias `[N, ..]`, and `[S, space]` numbers of the entry that a pair takes; additional keys, the last, take none.
+    """
     wide = [x.astype(jnp.float32) for x in (query, dout, key, value)]
     query, dout, key, value = wide
     rows, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
@@ -356,6 +275,10 @@ def _attend_rows(
     query, dout, dlse = group(query), group(dout), group(dlse)
     product = lambda spec, a, b: jnp.einsum(spec, a, b, precision="highest")
     scores = product("skrh,tkh->skrt", query, key) * scale
+    if biased is not None:
+        table = biased[0].astype(jnp.float32).reshape(kv_heads, heads // kv_heads, -1)
+        space = biased[1].shape[1]
+        scores = scores.at[..., :space].add(jnp.moveaxis(table[:, :, biased[1]], 2, 0))
     scores = jnp.where(seen[:, None, None, :], scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - lse)
@@ -367,7 +290,12 @@ def _attend_rows(
     dkey = product("skrt,skrh->tkh", dscores, query) * scale
     dvalue = product("skrt,skrv->tkv", weights, dout)
     out, lse, dquery = (ungroup(x) for x in own)
-    return (out, lse[..., 0], dquery), dkey, dvalue
+    dbias = None
+    if biased is not None:
+        pairs = jnp.moveaxis(dscores[..., : biased[1].shape[1]], 0, 2)
+        zeros = jnp.zeros((kv_heads, heads // kv_heads, biased[0][0].size), jnp.float32)
+        dbias = zeros.at[:, :, biased[1]].add(pairs).reshape(biased[0].shape)
+    return (out, lse[..., 0], dquery), (dkey, dvalue, dbias)
 
 
 def relative_error(got: Any, want: Any, is_lse: bool = False) -> float:

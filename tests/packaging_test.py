@@ -29,7 +29,7 @@ LAYERS = (
     ("gna_jax.attention",),
     ("gna_jax.halo_exchange",),
     ("gna_jax.explanation", "gna_jax.natten", "gna_jax.sharding"),
-    ("gna_jax.tuning", "gna_jax.verification"),
+    ("gna_jax.trials", "gna_jax.tuning", "gna_jax.verification"),
     ("gna_jax.inspection",),
     ("gna_jax.pictures",),
     ("gna_jax.flax",),

@@ -16,20 +16,23 @@ from selfcheck_parts import abort, hang, raise_an_error
 from typer.testing import CliRunner
 
 from cuda_ffi import library
+from gna_jax import selfcheck as library_of_selfcheck
 from gna_jax import verification
 from gna_jax.backends import RUNGS, Rung
+from gna_jax.backends.triton import toolchain
 from gna_jax.backends.verified import stamp_path
 from gna_jax.cli import app
 from gna_jax.device import KNOWN_DEVICES
 from gna_jax.problem import FLOAT8
 from gna_jax.selfcheck import Check, SelfCheck, machine, selfcheck, timing
 from gna_jax.selfcheck import report as reports
-from gna_jax.selfcheck.machine import Device, Library, Standing, takes_float8
+from gna_jax.selfcheck.machine import Device, Library, Standing, optional
 from gna_jax.selfcheck.processes import Part, Ran, run_apart
 from gna_jax.selfcheck.stamp import record_success
 from gna_jax.selfcheck.timing import BOTH, FORWARD, SIZES, Timed
 from gna_jax.simulator.published import PAPER_TILES
-from gna_jax.verification import TRIALS, Outcome, Trial, one_line
+from gna_jax.trials import MORE_TRIALS
+from gna_jax.verification import OPTIONAL_TRIALS, TRIALS, Outcome, Trial, one_line
 
 SMALL = Trial((5, 7), (3, 4), (2, 1), heads=4, kv_heads=2, head_dim=16, value_dim=8)
 TIMED = Trial((6, 8), 3, heads=2, head_dim=16, value_dim=16)
@@ -53,7 +56,7 @@ def slow_h200(monkeypatch):
     monkeypatch.setattr(machine, "resolve_device", lambda device: spec)
     monkeypatch.setattr(timing, "resolve_device", lambda device: spec)
     monkeypatch.setattr(verification, "TRIALS", (SMALL,))
-    monkeypatch.setattr(verification, "FLOAT8_TRIALS", ())
+    monkeypatch.setattr(verification, "OPTIONAL_TRIALS", ())
     monkeypatch.setattr(timing, "SIZES", {"tiny": TIMED})
     monkeypatch.setattr(reports, "SIZES", {"tiny": TIMED})
     monkeypatch.setattr(timing, "ROUNDS", 1)
@@ -63,7 +66,8 @@ def slow_h200(monkeypatch):
 @pytest.fixture
 def h200(slow_h200, monkeypatch):
     """The same, where comparing and timing say at once that all is well."""
-    monkeypatch.setattr(verification, "attempt", lambda trial, *_: Outcome(trial, {"out": 1e-3}))
+    error = lambda trial: {"out": 1e-6 if trial.dtype == "float32" else 1e-3}
+    monkeypatch.setattr(verification, "attempt", lambda trial, *_: Outcome(trial, error(trial)))
     seconds = {"seconds": (0.01,), "dense": (0.1,)}
     timed = lambda timed, trial, implementation: dataclasses.replace(timed, **seconds)
     monkeypatch.setattr(timing, "_measured", timed)
@@ -140,19 +144,31 @@ def test_all_is_right(h200):
     assert "`triton`: " in text
 
 
-def test_float8_is_compared_where_it_runs(h200, monkeypatch):
-    """CUTLASS's Blackwell kernel takes it; here xla does, and the dense reference is made not to."""
-    float8 = dataclasses.replace(SMALL, dtype=FLOAT8)
-    monkeypatch.setattr(verification, "FLOAT8_TRIALS", (float8,))
-    monkeypatch.setattr(machine, "takes_float8", lambda rung, device: rung.name == "xla")
+def test_what_is_optional_is_compared_where_it_runs(h200, monkeypatch):
+    """Float8, float32, a bias: the kernel that xla plays takes them, the one that the dense reference plays does not."""
+    more = [dataclasses.replace(SMALL, dtype=FLOAT8), dataclasses.replace(SMALL, dtype="float32")]
+    monkeypatch.setattr(verification, "OPTIONAL_TRIALS", tuple(more))
+    takes = machine.optional
+    monkeypatch.setattr(
+        machine, "optional", lambda rung, d: () if rung.name == "reference" else takes(rung, d)
+    )
     found = selfcheck(run=run_here)
-    assert [check.trials for check in found.checks] == [(SMALL, float8), (SMALL,)]
+    assert [check.trials for check in found.checks] == [(SMALL, *more), (SMALL,)]
     assert found.problems == ()
-    row = "| out | 1.0e-03 | 1.5e-02 | 1.0e-03 | 6.0e-02 |"
+    row = "| out | 1.0e-03 | 1.5e-02 | 1.0e-03 | 6.0e-02 | 1.0e-06 | 1.0e-05 |"
     assert row in re.sub(" +", " ", reports.markdown(found))
-    for name, device, wanted in (("mosaic", "b200", False), ("xla", "h200", True)):
-        rung = next(rung for rung in RUNGS if rung.name == name)
-        assert takes_float8(rung, KNOWN_DEVICES[device]) is wanted
+
+
+def test_which_optional_calls_an_implementation_takes(monkeypatch):
+    monkeypatch.setattr(toolchain, "check", lambda is_interpreted: None)
+    of = {
+        (name, device): optional(next(r for r in RUNGS if r.name == name), KNOWN_DEVICES[device])
+        for name, device in (("mosaic", "b200"), ("triton", "a100"), ("xla", "h200"))
+    }
+    assert of["xla", "h200"] == OPTIONAL_TRIALS
+    assert of["triton", "a100"] == MORE_TRIALS
+    kinds = {(t.arithmetic, t.has_bias) for t in of["mosaic", "b200"]}
+    assert kinds == {("bfloat16", False)}
 
 
 def test_one_that_raises_hides_nothing_of_the_others(h200, monkeypatch):
@@ -198,6 +214,25 @@ def test_a_kernel_that_fails_at_a_published_size_leaves_the_rest(slow_h200, monk
     assert found.problems[0] == f"xla, tiny forward: {said}" and len(found.problems) == 4
     assert all(check.is_right for check in found.checks)
     assert f"- tiny forward: {said}" in reports.markdown(found)
+
+
+def test_the_calls_of_a_kernel_are_shared_by_processes(h200, monkeypatch):
+    """One that ends takes its share along; the rest is told in order."""
+    trials = tuple(dataclasses.replace(SMALL, heads=heads) for heads in (2, 4, 6, 8))
+    monkeypatch.setattr(verification, "TRIALS", trials)
+
+    def run(parts, seconds, report):
+        ran = run_here(parts, seconds, report)
+        if parts[0].run is library_of_selfcheck.compare:
+            assert [part.arguments[1] for part in parts[:3]] == [trials[::3], trials[1:2], trials[2:3]]  # fmt: skip
+            ran[0] = Ran(ran[0].messages[:1], "its process ended with SIGABRT")
+        return ran
+
+    found = selfcheck(run=run)
+    assert [outcome.trial for outcome in found.checks[0].outcomes] == list(trials[:3])
+    said = f"xla: 3 of 4 calls were compared; `{trials[3]}`: its process ended with SIGABRT"
+    assert found.problems == (said,)
+    assert [outcome.trial for outcome in found.checks[1].outcomes] == list(trials)
 
 
 def test_what_was_not_reached_is_told(h200):
@@ -331,6 +366,8 @@ def test_predictions_are_of_the_kernel_s_own_tiles(device):
     unknown = dataclasses.replace(problem.device, kind="NVIDIA X1")
     elsewhere = dataclasses.replace(problem, device=unknown)
     assert timing.predicted(elsewhere, "mosaic", FORWARD) is None
+    # Its cost model is of the kernels that use a generation's own matrix unit.
+    assert timing.predicted(problem, "triton", FORWARD) is None
     # Tiles without keys are not a kernel's.
     assert timing.predicted(problem, "xla", FORWARD) is None
 

@@ -17,6 +17,7 @@ from gna_jax.backends.verified import stamp_path
 from gna_jax.cli import app
 from gna_jax.device import KNOWN_DEVICES, resolve_device
 from gna_jax.problem import FLOAT8, Operands, describe
+from gna_jax.trials import FLOAT8_TOLERANCE, LSE_TOLERANCE, MORE_TRIALS, TOLERANCE
 from gna_jax.verification import (
     TRIALS,
     Trial,
@@ -42,7 +43,7 @@ def on_a_gpu(monkeypatch):
     """The command believes that this is an H200, and tries one small call."""
     monkeypatch.setattr(verification, "this_gpu", lambda: KNOWN_DEVICES["h200"])
     monkeypatch.setattr(verification, "TRIALS", (SMALL,))
-    monkeypatch.setattr(verification, "FLOAT8_TRIALS", (SMALL_FLOAT8,))
+    monkeypatch.setattr(verification, "OPTIONAL_TRIALS", (SMALL_FLOAT8,))
     return stamp_path("xla", KNOWN_DEVICES["h200"])
 
 
@@ -56,7 +57,7 @@ def run(*arguments):
     "case",
     [
         case_1d(23, 5, stride=2, dilation=3, is_causal=True, num_additional=3, lengths=(0, 2)),
-        case_of((5, 4, 6), (3, -1, 2), kv_heads=2, value_dim=5),
+        case_of((5, 4, 6), (3, -1, 2), dilation=(1, 2, 1), kv_heads=2, value_dim=5, has_bias=True),
     ],
     ids=str,
 )
@@ -92,7 +93,7 @@ def test_a_right_implementation_is_right_and_a_wrong_one_is_not(monkeypatch):
     monkeypatch.setattr(verification, "gna", wider)
     wrong = attempt(SMALL, "xla", 3)
     assert not wrong.is_right
-    assert wrong.errors["lse"] > 100 * verification.LSE_TOLERANCE
+    assert wrong.errors["lse"] > 100 * LSE_TOLERANCE
 
 
 def test_float8_is_compared_forward_alone():
@@ -105,16 +106,32 @@ def test_float8_is_compared_forward_alone():
     rounded = weights.astype(jnp.float8_e4m3fn).astype(np.float64)
     out, got = (w @ values / weights.sum(-1, keepdims=True) for w in (weights, rounded))
     error = np.abs(got - out).max() / np.abs(out).max()
-    assert 0.2 < error / verification.FLOAT8_TOLERANCE < 0.7
-    assert verification.tolerance("out", FLOAT8) == verification.FLOAT8_TOLERANCE
-    assert verification.tolerance("lse", FLOAT8) == verification.LSE_TOLERANCE
+    assert 0.2 < error / FLOAT8_TOLERANCE < 0.7
+    assert verification.tolerance("out", FLOAT8) == FLOAT8_TOLERANCE
+    assert verification.tolerance("lse", FLOAT8) == LSE_TOLERANCE
+
+
+def test_interpreted_trials_are_the_small_ones():
+    more = verification.OPTIONAL_TRIALS
+    assert verification.trials_with(more, False) == (*TRIALS, *more)
+    small = verification.trials_with(more, True)
+    assert len(small) == 4 and all(trial.is_small for trial in small)
+    assert {trial.dtype for trial in small} == {"bfloat16", "float16", "float32"}
 
 
 def test_nan_and_a_result_that_changes_are_wrong():
-    right = attempt(SMALL, "xla", 4)
+    trial = dataclasses.replace(SMALL, dtype="float32", has_bias=True)
+    assert str(trial).endswith(", bias") and trial.shapes()["relative_position_bias"] == (4, 5, 7)
+    right = attempt(trial, "xla", 4)
+    assert right.is_right and "d relative_position_bias" in right.errors
     assert not dataclasses.replace(right, is_repeatable=False).is_right
     assert not dataclasses.replace(right, errors={"out": float("nan")}).is_right
     assert not dataclasses.replace(right, errors={}).is_right
+    # What TF32 rounds is none of float32's, unless it was asked for.
+    assert max(right.errors.values()) < TOLERANCE["float32"] < 0.01 * TOLERANCE["tf32"]
+    rounded = dataclasses.replace(right, errors={"out": 5e-4, "lse": 5e-4})
+    asked = dataclasses.replace(trial, precision="default")
+    assert not rounded.is_right and dataclasses.replace(rounded, trial=asked).is_right
     same = verification.same_bits
     x = jnp.asarray([1.0, jnp.nan])
     assert not same(x, x) and same(x[:1], x[:1]) and not same(x[:1], x[:1] * 2)
@@ -148,7 +165,7 @@ def test_success_writes_the_stamp(on_a_gpu):
     stamp = json.loads(on_a_gpu.read_text())
     assert stamp["versions"]["jax"] == jax.__version__
     errors = stamp["errors"]
-    assert errors[f"bfloat16 {SMALL}"]["out"] < verification.TOLERANCE["bfloat16"]
+    assert errors[f"bfloat16 {SMALL}"]["out"] < TOLERANCE["bfloat16"]
     # The xla backend takes float8 as well, forward alone.
     assert errors[f"{FLOAT8} {SMALL}"].keys() == {"out", "lse"}
 
@@ -171,9 +188,11 @@ def test_trials_cover_what_kernels_offer():
         problems.append(problem_of(operands, trial, device))
         assert mosaic.supports(problems[-1], None) is None, trial
     assert {p.rank for p in problems} == {1, 2, 3}
-    for dtype in verification.TOLERANCE:
+    for dtype in ("bfloat16", "float16"):
         assert {p.head_dim for p in problems if p.dtype == dtype} >= {32, 64, 128}
     assert {p.heads_per_kv for p in problems} >= {1, 2, 3}
+    biased = {(t.dtype, t.head_dim) for t in MORE_TRIALS if t.has_bias}
+    assert biased >= {("bfloat16", dim) for dim in (16, 32, 128, 256)} | {("float32", 64)}
     rules = [p.neighborhood for p in problems]
     for rank in (1, 2, 3):
         mine = [rule for rule in rules if rule.rank == rank]

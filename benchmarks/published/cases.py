@@ -5,6 +5,7 @@ Layouts, heads and sources stand in `gna_jax.simulator.presets`. Nothing is run 
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
@@ -31,7 +32,9 @@ class Case:
     Attributes:
       name: what `--cases` takes.
       layout, neighborhood, batch, heads, head_dim, dtype: of the call; as many key/value heads as heads.
-      targets: useful TFLOP/s that gna is to reach on an H200, by direction; empty where none is set.
+      has_bias: whether the call has a relative position bias.
+      targets: useful TFLOP/s to reach on an H200, by implementation and direction; empty where none is set.
+      floor_targets: the most times the memory floor that a forward is to take, by implementation.
     """
 
     name: str
@@ -41,7 +44,9 @@ class Case:
     heads: int
     head_dim: int
     dtype: str
-    targets: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    has_bias: bool = False
+    targets: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict, hash=False)
+    floor_targets: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def title(self) -> str:
@@ -50,7 +55,9 @@ class Case:
         stride = f" s{by(rule.stride)}"
         heads = f"{self.heads} x {self.head_dim}"
         batch = f", batch {self.batch}" if self.batch != 1 else ""
-        return f"{by(self.layout)} w{by(rule.window_size)}{stride}, {heads} {self.dtype}{batch}"
+        bias = ", bias" if self.has_bias else ""
+        window = f"{by(self.layout)} w{by(rule.window_size)}{stride}"
+        return f"{window}, {heads} {self.dtype}{batch}{bias}"
 
     @property
     def tokens(self) -> int:
@@ -72,12 +79,29 @@ class Case:
         pairs = self.tokens**2 if is_dense else self.pairs
         return FLOPS_PER_PAIR[direction] * pairs * self.head_dim * self.heads * self.batch
 
+    @property
+    def bias_shape(self) -> tuple[int, ...] | None:
+        """`[heads, *(2 * window - 1)]`, or None where there is no bias."""
+        if not self.has_bias:
+            return None
+        axes = zip(self.neighborhood.axes, self.layout, strict=True)
+        return (self.heads, *(2 * axis.window_extent(length) - 1 for axis, length in axes))
+
+    @property
+    def forward_bytes(self) -> int:
+        """That a forward cannot but move: query, key, value and out once, and lse in float32; a bias' table is nothing beside them."""
+        of_a_row = 4 * self.head_dim * jax.numpy.dtype(self.dtype).itemsize + 4
+        return self.batch * self.tokens * self.heads * of_a_row
+
     def explain(self, implementation: str) -> gna_jax.Explanation:
         """What gna does with it on the default device."""
         shape = (self.batch, *self.layout, self.heads, self.head_dim)
         array = jax.ShapeDtypeStruct(shape, self.dtype)
-        rule = dataclasses.asdict(self.neighborhood)
-        return gna_jax.explain(array, array, array, **rule, implementation=implementation)
+        options = dataclasses.asdict(self.neighborhood) | {"implementation": implementation}
+        if self.bias_shape is not None:
+            bias = jax.ShapeDtypeStruct(self.bias_shape, self.dtype)
+            options["relative_position_bias"] = bias
+        return gna_jax.explain(array, array, array, **options)
 
     def predicted_seconds(
         self, tiles: Tiles | None, direction: str, device: DeviceSpec
@@ -119,13 +143,18 @@ class Case:
         }
 
 
-BLOCK_SPARSE = {FORWARD: 620.0, BACKWARD: 400.0}
+_HOPPER = {FORWARD: 620.0, BACKWARD: 400.0}
+BLOCK_SPARSE = {"mosaic": _HOPPER, "cutlass": _HOPPER, "triton": {FORWARD: 350.0}}
 """Useful TFLOP/s where no tile needs a mask. NATTEN's Hopper kernel: 628 to 651 forward, 480 to 500 with its permutation."""
+SLIDING = {"mosaic": {FORWARD: 340.0}, "cutlass": {FORWARD: 340.0}}
+"""The same of stride 1 on HunyuanVideo's tokens. NATTEN on an H100: 186."""
+AHEAD_OF_FLEX = ("triton",)
+"""Implementations that are to be faster than torch's compiled flex_attention everywhere; `BEST_PEER` is for the others."""
 BEST_PEER = 0.9
 """Share of the best peer's speed below which gna never falls."""
 
 
-def _preset(name: str, preset: str, rule: int, **targets: float) -> Case:
+def _preset(name: str, preset: str, rule: int, **more: Any) -> Case:
     one = PRESETS[preset]
     return Case(
         name,
@@ -135,20 +164,21 @@ def _preset(name: str, preset: str, rule: int, **targets: float) -> Case:
         one.heads,
         one.head_dim,
         one.dtype,
-        targets,
+        **more,
     )
 
 
 PUBLISHED = {
     case.name: case
     for case in (
-        _preset("hunyuan-s16x8x8", "hunyuan-91", 6, **BLOCK_SPARSE),
-        _preset("flux-s16", "flux-4k", 2, **BLOCK_SPARSE),
-        _preset("hunyuan-s1", "hunyuan-91", 0, forward=340.0),  # NATTEN on an H100: 186
+        _preset("hunyuan-s16x8x8", "hunyuan-91", 6, targets=BLOCK_SPARSE),
+        _preset("flux-s16", "flux-4k", 2, targets=BLOCK_SPARSE),
+        _preset("hunyuan-s1", "hunyuan-91", 0, targets=SLIDING),
         _preset("1d-s1", "1d-32k", 0),
-        _preset("nat-1", "nat-1", 0),
+        _preset("nat-1", "nat-1", 0, floor_targets={"triton": 2.0}),
+        _preset("nat-1-bias", "nat-1", 0, has_bias=True),
         _preset("cosmos-s1", "cosmos-89", 0),
-        _preset("hunyuan-s2x8x8", "hunyuan-91", 5, **BLOCK_SPARSE),
+        _preset("hunyuan-s2x8x8", "hunyuan-91", 5, targets=BLOCK_SPARSE),
         _preset("flux-s1", "flux-4k", 0),
     )
 }

@@ -30,10 +30,14 @@ SAMPLED_QUERIES = 16
 SAMPLED_ENTRIES = 2
 """Batch entries that are compared."""
 
+BIAS = "relative_position_bias"
+COPIED_BYTES = {"gpu": 1 << 30}
+"""Of a copy that is timed; elsewhere a megabyte."""
+
 GRADIENTS_OF = {"cutlass": "mosaic"}
 """Implementations whose backward is another one's."""
 
-Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Attention = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +76,10 @@ class Gna:
             raise Unavailable(str(reason)) from reason
         rule = dataclasses.asdict(case.neighborhood)
 
-        def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            return gna(query, key, value, **rule, implementation=self.implementation)
+        def attention(*arrays: jax.Array) -> jax.Array:
+            query, key, value, *bias = arrays
+            options = rule | {"relative_position_bias": bias[0]} if bias else rule
+            return gna(query, key, value, **options, implementation=self.implementation)
 
         return prepared(case, direction, attention, case.neighborhood, case.layout)
 
@@ -87,6 +93,8 @@ class CudnnDense:
         """As `rounds.Contestant`."""
         if jax.default_backend() != "gpu":
             raise Unavailable("needs a GPU")
+        if case.has_bias:
+            raise Unavailable("has no bias; its time without: the case without")
         attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
         everything = Neighborhood.of(1, window_size=WHOLE_GROUP)
         return prepared(case, direction, attention, everything, (case.tokens,))
@@ -116,13 +124,19 @@ def prepared(
     case: Case, direction: str, attention: Attention, rule: Neighborhood, layout: tuple[int, ...]
 ) -> Queued:
     """A compiled and compared `attention` of `[B, *layout, N, H]`: its forward, or its backward from saved residuals."""
-    inputs = {name: x.reshape(case.batch, *layout, *x.shape[-2:]) for name, x in arrays(case)}
+    tokens = (case.batch, *layout)
+    inputs = {
+        name: x if name == BIAS else x.reshape(*tokens, *x.shape[-2:]) for name, x in arrays(case)
+    }
     cotangent = inputs.pop("cotangent")
     sample = sample_tokens(layout, SAMPLED_QUERIES, SEED)
     operands = tuple(inputs.values())
     few, _ = sampled_cotangents(inputs, case.head_dim, sample, SEED)
     entries = np.unique(np.linspace(0, case.batch - 1, SAMPLED_ENTRIES).astype(int))
-    parts = {name: array[entries] for name, array in inputs.items()}
+    parts = {name: x if name == BIAS else x[entries] for name, x in inputs.items()}
+    # Of the other entries nothing is compared, and a bias' gradient sums over all.
+    chosen = np.isin(np.arange(case.batch), entries).reshape(-1, *(1,) * (few.ndim - 1))
+    few = jnp.where(jnp.broadcast_to(chosen, few.shape), few, jnp.zeros((), few.dtype))
     no_lse = jnp.zeros((len(entries), *layout, case.heads), jnp.float32)
     want = sampled_attention(parts, (few[entries], no_lse), rule, sample)
     if direction == FORWARD:
@@ -131,7 +145,8 @@ def prepared(
         return Queued(lambda: forward(*operands), {"out": relative_error(out, want["out"])})
     _, pull_back = jax.jit(lambda *operands: jax.vjp(attention, *operands))(*operands)
     backward = jax.jit(lambda pull_back, cotangent: pull_back(cotangent))
-    got = dict(zip(inputs, (x[entries] for x in backward(pull_back, few)), strict=True))
+    got = dict(zip(inputs, backward(pull_back, few), strict=True))
+    got = {name: x if name == BIAS else x[entries] for name, x in got.items()}
     got["query"] = _rows(got["query"], sample)
     errors = {f"d {name}": relative_error(x, want[f"d {name}"]) for name, x in got.items()}
     return Queued(lambda: backward(pull_back, cotangent), errors)
@@ -145,13 +160,15 @@ def _rows(array: jax.Array, sample: np.ndarray) -> jax.Array:
 
 @functools.lru_cache(maxsize=1)
 def arrays(case: Case) -> tuple[tuple[str, jax.Array], ...]:
-    """Standard normal query, key, value and cotangent `[B, tokens, N, H]`, the same for every contestant."""
-    names = ("query", "key", "value", "cotangent")
+    """Standard normal query, key, value and cotangent `[B, tokens, N, H]`, and the bias, the same for every contestant."""
     shape = (case.batch, case.tokens, case.heads, case.head_dim)
-    keys = jax.random.split(jax.random.key(SEED), len(names))
+    shapes = dict.fromkeys(("query", "key", "value", "cotangent"), shape)
+    if case.bias_shape is not None:
+        shapes[BIAS] = case.bias_shape
+    keys = jax.random.split(jax.random.key(SEED), len(shapes))
     return tuple(
         (name, jax.random.normal(key, shape, case.dtype))
-        for name, key in zip(names, keys, strict=True)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     )
 
 
@@ -161,3 +178,12 @@ def empty_call_seconds() -> float:
     call = jax.jit(lambda x: x + 1.0)
     queued = Queued(lambda: call(one), {})
     return min((queued.seconds_per_call(200) for _ in range(5)), default=math.nan)
+
+
+def copied_bytes_per_second() -> float:
+    """Bytes that a copy of a large array reads and writes in a second: what no kernel exceeds by much."""
+    size = COPIED_BYTES.get(jax.default_backend(), 1 << 20)
+    large = jnp.zeros(size // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1.0)
+    queued = Queued(lambda: copy(large), {})
+    return 2 * size / min(queued.seconds_per_call(20) for _ in range(5))

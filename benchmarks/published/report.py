@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from published.cases import BEST_PEER, DIRECTIONS, FORWARD, Case
+from published.cases import AHEAD_OF_FLEX, BEST_PEER, DIRECTIONS, FORWARD, Case
 from published.rounds import Result
+from published.torch_process import TorchFlex
 
 METHOD = (
     "ms: median over the repetitions of one call, and the middle half of them. A repetition queues enough calls one after the other to"
@@ -25,6 +26,8 @@ METHOD = (
     "error: largest difference from float32 attention at 16 random queries and its gradients, as a share of the largest entry.",
     "torch flex: compiled flex_attention of the torch named below, its tokens already in tile order (bringing them there is not timed)."
     " tokamax: one interval of keys per query, one axis only.",
+    "memory floor: what query, key, value, out and lse have in bytes, each moved once, over the bytes per second that a copy of"
+    " 1 GiB reads and writes on this device.",
 )
 
 HEADER = (
@@ -57,6 +60,7 @@ class Run:
     clocks: dict[str, str]
     not_reached: tuple[str, ...]
     seconds: float
+    copied_bytes_per_second: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Row:
 
     Attributes:
       useful_tflops, times_dense, share_of_bound, share_of_predicted, times_best_peer, tile_tflops, useful_share: as in `METHOD`.
+      times_flex: torch flex's time over this one's.
+      times_floor: this one's time over the memory floor. `floor_seconds`: that.
     """
 
     result: Result
@@ -75,6 +81,9 @@ class Row:
     times_best_peer: float
     tile_tflops: float
     useful_share: float
+    times_flex: float
+    times_floor: float
+    floor_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +92,14 @@ class Facts:
 
     predicted_seconds: float = math.nan
     useful_share: float = math.nan
+    floor_seconds: float = math.nan
 
 
 def rows_of(case: Case, results: Sequence[Result], facts: dict[str, Facts]) -> list[Row]:
     """The rows of one case and direction; `facts` by contestant."""
     dense = min((r.median for r in results if r.is_dense), default=math.inf)
     peer = min((r.median for r in results if not r.is_ours), default=math.inf)
+    flex = min((r.median for r in results if r.contestant == TorchFlex.name), default=math.inf)
     rows = []
     for result in results:
         known = facts.get(result.contestant, Facts())
@@ -105,6 +116,9 @@ def rows_of(case: Case, results: Sequence[Result], facts: dict[str, Facts]) -> l
                 times_best_peer=_ratio(peer, result.median) if result.is_ours else math.nan,
                 tile_tflops=useful / known.useful_share,
                 useful_share=known.useful_share,
+                times_flex=_ratio(flex, result.median) if result.is_ours else math.nan,
+                times_floor=_ratio(result.median, known.floor_seconds),
+                floor_seconds=known.floor_seconds,
             )
         )
     return rows
@@ -144,22 +158,32 @@ def _cells(row: Row, case: Case) -> tuple[str, ...]:
 
 def verdicts(rows: Sequence[Row], cases: dict[str, Case]) -> list[str]:
     """One line per target that applies to a timed row of gna."""
-    lines = []
-    for row in rows:
-        result, case = row.result, cases[row.result.case]
-        if not (result.is_ours and result.seconds):
-            continue
-        what = f"{case.name} {result.direction}, {result.contestant}"
-        wanted = case.targets.get(result.direction)
-        if wanted is not None:
-            told = f"{what}: {row.useful_tflops:.0f} useful TFLOP/s, wanted {wanted:.0f}"
-            if result.direction == FORWARD and not math.isnan(row.useful_share):
-                told += f" (tile rate {row.tile_tflops:.0f} x useful share {row.useful_share:.0%})"
-            lines.append(_verdict(told, row.useful_tflops >= wanted))
-        if not math.isnan(row.times_best_peer):
-            told = f"{what}: {row.times_best_peer:.2f}x the best peer, wanted {BEST_PEER}"
-            lines.append(_verdict(told, row.times_best_peer >= BEST_PEER))
-    return lines
+    ours = [row for row in rows if row.result.is_ours and row.result.seconds]
+    return [line for row in ours for line in _verdicts(row, cases[row.result.case])]
+
+
+def _verdicts(row: Row, case: Case) -> Iterable[str]:
+    result, implementation = row.result, row.result.contestant.removeprefix("gna ")
+    is_forward = result.direction == FORWARD
+    what = f"{case.name} {result.direction}, {result.contestant}"
+    wanted = case.targets.get(implementation, {}).get(result.direction)
+    if wanted is not None:
+        told = f"{what}: {row.useful_tflops:.0f} useful TFLOP/s, wanted {wanted:.0f}"
+        if is_forward and not math.isnan(row.useful_share):
+            told += f" (tile rate {row.tile_tflops:.0f} x useful share {row.useful_share:.0%})"
+        yield _verdict(told, row.useful_tflops >= wanted)
+    most = case.floor_targets.get(implementation)
+    if most is not None and is_forward and not math.isnan(row.times_floor):
+        rate = f"{case.forward_bytes / 1e6:.0f} MB at {case.forward_bytes / row.floor_seconds / 1e12:.2f} TB/s, as a copy has it"
+        told = f"{what}: {row.times_floor:.2f}x the memory floor ({rate}), wanted {most:g} at most"
+        yield _verdict(told, row.times_floor <= most)
+    if implementation in AHEAD_OF_FLEX:
+        if not math.isnan(row.times_flex):
+            told = f"{what}: {row.times_flex:.2f}x {TorchFlex.name}, wanted more than 1"
+            yield _verdict(told, row.times_flex > 1)
+    elif not math.isnan(row.times_best_peer):
+        told = f"{what}: {row.times_best_peer:.2f}x the best peer, wanted {BEST_PEER}"
+        yield _verdict(told, row.times_best_peer >= BEST_PEER)
 
 
 def _verdict(told: str, is_met: bool) -> str:
@@ -188,7 +212,8 @@ def _markdown(rows: Sequence[Row], run: Run, cases: dict[str, Case]) -> Iterable
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     yield f"{run.date}, {run.device}, driver {run.driver}  "
     yield f"{versions}  "
-    yield f"`{run.command}`, {run.seconds:.0f} s; a call that computes nothing takes {1e6 * run.empty_call_seconds:.0f} us"
+    yield f"`{run.command}`, {run.seconds:.0f} s; a call that computes nothing takes {1e6 * run.empty_call_seconds:.0f} us, a"
+    yield f"copy moves {run.copied_bytes_per_second / 1e12:.2f} TB/s, bytes read and written"
     for direction in DIRECTIONS:
         mine = [row for row in rows if row.result.direction == direction]
         if mine:

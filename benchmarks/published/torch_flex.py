@@ -42,20 +42,28 @@ class Flex:
                 mask_mod, None, None, tokens, tokens, device=device, _compile=compiled
             )
         attend = torch.compile(flex_attention, dynamic=False)
+        on_bias = {}
         shape = (order["batch"], order["heads"], tokens, order["head_dim"])
         generator = torch.Generator(device).manual_seed(0)
         draw = lambda: torch.randn(
             shape, dtype=getattr(torch, order["dtype"]), device=device, generator=generator
         )
         self.inputs, self.cotangent = [draw() for _ in range(3)], draw()
+        self.bias, self._entry = None, None
+        if order["bias_shape"]:
+            heads, *sizes = order["bias_shape"]
+            self.bias = torch.randn(heads, int(np.prod(sizes)), dtype=self.inputs[0].dtype, device=device, generator=generator)  # fmt: skip
+            self._entry = entry_of([place for _, _, place in tables], sizes)
+            on_bias = {"score_mod": adds(self.bias, self._entry)}
+        self._leaves = [*self.inputs, *([] if self.bias is None else [self.bias])]
         if order["direction"] == "forward":
-            self.run = lambda: attend(*self.inputs, block_mask=mask)
+            self.run = lambda: attend(*self.inputs, block_mask=mask, **on_bias)
         else:
-            for x in self.inputs:
+            for x in self._leaves:
                 x.requires_grad_()
-            out = attend(*self.inputs, block_mask=mask)
+            out = attend(*self.inputs, block_mask=mask, **on_bias)
             self.gradients = lambda cotangent: torch.autograd.grad(
-                out, self.inputs, cotangent, retain_graph=True
+                out, self._leaves, cotangent, retain_graph=True
             )
             self.run = lambda: self.gradients(self.cotangent)
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -70,15 +78,20 @@ class Flex:
         seen = self._sees(None, None, sample[:, None], keys[None, :])
         q, k, v = (x.float().requires_grad_() for x in (q[:, :, sample], k, v))
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        leaves = [q, k, v]
+        if self.bias is not None:
+            leaves.append(self.bias.detach().float().requires_grad_())
+            scores = scores + leaves[3][:, self._entry(sample[:, None], keys[None, :])]
         out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
         if self._direction == "forward":
             return {"out": error(self.run()[:1, :, sample], out)}
         cotangent = torch.zeros_like(self.cotangent)
-        cotangent[:, :, sample] = self.cotangent[:, :, sample]
-        want = torch.autograd.grad(out, (q, k, v), self.cotangent[:1, :, sample].float())
-        got = [x[:1] for x in self.gradients(cotangent)]
+        cotangent[:1, :, sample] = self.cotangent[:1, :, sample]
+        want = torch.autograd.grad(out, leaves, self.cotangent[:1, :, sample].float())
+        gradients = self.gradients(cotangent)
+        got = [*(x[:1] for x in gradients[:3]), *gradients[3:]]
         got[0] = got[0][:, :, sample]
-        names = ("d query", "d key", "d value")
+        names = ("d query", "d key", "d value", "d relative_position_bias")[: len(got)]
         return {name: error(a, b) for name, a, b in zip(names, got, want, strict=True)}
 
     def seconds_per_call(self, calls):
@@ -104,6 +117,24 @@ def sees(tables):
         return seen
 
     return mask_mod
+
+
+def entry_of(places, sizes):
+    """Numbers of the bias entries of pairs, in a table of these sizes: `2 * window - 1` per axis; any where they do not attend."""
+
+    def entry(query, key):
+        number = 0
+        for place, size in zip(places, sizes, strict=True):
+            offset = place[key] - place[query] + size // 2
+            number = number * size + offset.clamp(0, size - 1)
+        return number
+
+    return entry
+
+
+def adds(bias, entry):
+    """flex_attention's `score_mod` from a table `[heads, entries]`."""
+    return lambda score, batch, head, query, key: score + bias[head, entry(query, key)]
 
 
 def block_mask(intervals, layout, tile, mask_mod, device):

@@ -1,6 +1,7 @@
 """torch's process as the parent sees it: started when first asked, given up when it does not answer in time."""
 
 import json
+import os
 import select
 import subprocess
 from pathlib import Path
@@ -48,6 +49,7 @@ class TorchFlex:
             "dtype": case.dtype,
             "direction": direction,
             "intervals": intervals,
+            "bias_shape": case.bias_shape,
         }
         self.errors = self._ask(order, seconds_left)["errors"]
         return self
@@ -68,8 +70,14 @@ class TorchFlex:
     def _ask(self, order: dict[str, Any], seconds: float) -> dict[str, Any]:
         if self._process is None:
             command = [self._python, WORKER, self._device]
+            # What was added to this Python is not for another: torch needs the Triton that it came with.
+            own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=own,
             )
             self.versions = self._reply(START_SECONDS)
         try:

@@ -105,7 +105,8 @@ def _default(problem: Problem, tiles: Tiles | None, rungs: Sequence[Rung]) -> Ch
         if reason is None and on_its_platform and not is_verified(rung.name, problem.device):
             reason = (
                 f"{rung.name} has not been verified on {problem.device.kind};"
-                f" pass implementation={rung.name!r} to use it all the same"
+                f" pass implementation={rung.name!r} to use it all the same, or let it be checked there once:"
+                f" gna-jax verify --implementation {rung.name}"
             )
         if reason is None and rung.name != "reference":
             return Choice(rung.name, tuple(reasons))

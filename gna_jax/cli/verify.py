@@ -4,6 +4,7 @@ from typing import Annotated
 
 import jax
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -12,10 +13,21 @@ from rich.text import Text
 from gna_jax import verification
 from gna_jax.backends import RUNGS
 from gna_jax.cli.arguments import plain_errors
-from gna_jax.device import DeviceSpec
-from gna_jax.selfcheck.machine import interpreted, takes_float8
+from gna_jax.device import DeviceSpec, resolve_device
+from gna_jax.selfcheck.machine import interpreted, optional
 from gna_jax.selfcheck.stamp import record_success, versions
 from gna_jax.verification import Outcome, Trial
+
+COLUMNS = {
+    "out": "out",
+    "lse": "lse",
+    "dQ": "d query",
+    "dK": "d key",
+    "dV": "d value",
+    "d more": "d additional_",
+    "d bias": "d relative_position_bias",
+}
+"""Of the table, and how the names of their arrays begin."""
 
 
 def verify(
@@ -24,7 +36,7 @@ def verify(
         str | None,
         typer.Option(
             metavar="DEVICE",
-            help="run only the small calls, in JAX's interpreter as this GPU (h100, h200, b200); writes no stamp",
+            help="run only the small calls, in JAX's interpreter as this GPU (h100, h200, b200), or in Triton's (a100, with TRITON_INTERPRET=1); writes no stamp",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="of the data")] = 0,
@@ -35,12 +47,11 @@ def verify(
     once, with times and a report: gna-jax selfcheck.
     """
     console = Console()
-    trials = tuple(t for t in verification.TRIALS if t.is_small or interpret is None)
     with plain_errors():
         with interpreted(interpret):
             device = verification.this_gpu() if interpret is None else None
-            if device is not None and _takes_float8(implementation, device):
-                trials += verification.FLOAT8_TRIALS
+            more = _optional(implementation, device or resolve_device(None))
+            trials = verification.trials_with(more, interpret is not None)
             outcomes = _run(implementation, trials, seed)
         where = device.kind if device is not None else f"{interpret}, interpreted"
         console.print(_table(outcomes, implementation, where))
@@ -54,8 +65,9 @@ def verify(
     typer.echo(f"{say}: gna takes it on {device.kind} by default from now on\nstamp: {path}")
 
 
-def _takes_float8(implementation: str, device: DeviceSpec) -> bool:
-    return any(r.name == implementation and takes_float8(r, device) for r in RUNGS)
+def _optional(implementation: str, device: DeviceSpec) -> tuple[Trial, ...]:
+    """What it takes of the optional calls; none of a name that is no implementation's: `gna` says so."""
+    return next((optional(rung, device) for rung in RUNGS if rung.name == implementation), ())
 
 
 def _run(implementation: str, trials: tuple[Trial, ...], seed: int) -> tuple[Outcome, ...]:
@@ -73,18 +85,23 @@ def _table(outcomes: tuple[Outcome, ...], implementation: str, where: str) -> Ta
     table = Table(
         title=f"{implementation} on {where}: error against float32, share of the largest entry",
         title_justify="left",
+        box=box.SIMPLE_HEAD,  # seven errors in a terminal of 80 columns
+        padding=(0, 1, 0, 0),
     )
-    names = ("out", "lse", "d query", "d key", "d value", "d additional")
-    for column in ("call", "dtype", *names, "same twice"):
-        table.add_column(column, justify="left" if column == "call" else "right")
+    told = {name for outcome in outcomes for name in outcome.errors}
+    names = [c for c, start in COLUMNS.items() if any(name.startswith(start) for name in told)]
+    for column in ("call", "dtype", *names, "same"):
+        table.add_column(
+            column, justify="left" if column == "call" else "right", no_wrap=column != "call"
+        )
     for outcome in outcomes:
         if outcome.failure:
             failure = Text(outcome.failure[:200], "bold red")
-            table.add_row(Text(str(outcome.trial)), outcome.trial.dtype, failure)
+            table.add_row(Text(str(outcome.trial)), outcome.trial.arithmetic, failure)
             continue
         cells = [_error(outcome, name) for name in names]
         same = Text("yes") if outcome.is_repeatable else Text("NO", "bold red")
-        table.add_row(Text(str(outcome.trial)), outcome.trial.dtype, *cells, same)
+        table.add_row(Text(str(outcome.trial)), outcome.trial.arithmetic, *cells, same)
     return table
 
 
@@ -92,10 +109,10 @@ def _error(outcome: Outcome, column: str) -> Text:
     """The largest error of the arrays that a column stands for."""
     wrong, largest = False, None
     for name, error in outcome.errors.items():
-        if name == column or (column == "d additional" and name.startswith(column)):
-            wrong |= not error <= verification.tolerance(name, outcome.trial.dtype)
+        if name.startswith(COLUMNS[column]):
+            wrong |= not error <= verification.tolerance(name, outcome.trial.arithmetic)
             largest = error if largest is None or not error <= largest else largest
-    return Text("" if largest is None else f"{largest:.1e}", "bold red" if wrong else "")
+    return Text("" if largest is None else f"{largest:.0e}", "bold red" if wrong else "")
 
 
 def _failed(implementation: str, outcomes: tuple[Outcome, ...]) -> str:
@@ -105,5 +122,5 @@ def _failed(implementation: str, outcomes: tuple[Outcome, ...]) -> str:
     return (
         f"{implementation} is wrong in {len(wrong)} of {len(outcomes)} calls on {jax.devices()[0].device_kind}; no stamp is"
         " written, and gna's default runs 'xla' as before. Please report the table above and this line: "
-        f"{of}, {first.trial.dtype} {first.trial}: {first.failure[:300] or first.errors}"
+        f"{of}, {first.trial.arithmetic} {first.trial}: {first.failure[:300] or first.errors}"
     )

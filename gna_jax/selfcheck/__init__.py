@@ -22,6 +22,8 @@ LOOK_SECONDS = 60.0
 """Most for starting JAX and loading the library."""
 COMPARE_SHARE, INTERPRETED_SHARE = 0.6, 0.95
 """Of the time, for comparing: on a GPU, and interpreted, where nothing is timed. Kernels are compared at the same time, timed in turn."""
+PROCESSES = 3
+"""That compare one kernel's calls, each its share: most of the time is one thread compiling, a second or more for each Triton kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +118,11 @@ def _problems(check: Check) -> list[str]:
     found = []
     if check.wrong:
         found.append(f"{check.name} is wrong in {len(check.wrong)} of {len(check.trials)} calls")
-    reached = len(check.outcomes)
-    if reached < len(check.trials):
+    reached = {outcome.trial for outcome in check.outcomes}
+    missing = [trial for trial in check.trials if trial not in reached]
+    if missing:
         found.append(
-            f"{check.name}: {reached} of {len(check.trials)} calls were compared; `{check.trials[reached]}`:"
+            f"{check.name}: {len(reached)} of {len(check.trials)} calls were compared; `{missing[0]}`:"
             f" {check.failure or 'no result'}"
         )
     elif check.failure:
@@ -193,15 +196,22 @@ def _compare(
     run: Run,
 ) -> list[Check]:
     """Every kernel's trials, at the same time, and the stamps of those that are right."""
-    small = tuple(trial for trial in verification.TRIALS if trial.is_small)
-    checks = [Check(one.name, small if interpret else _trials(one.takes_float8)) for one in kernels]
+    trials = lambda one: verification.trials_with(one.optional, interpret is not None)
+    checks = [Check(one.name, trials(one)) for one in kernels]
+    shares = [[check.trials[n::PROCESSES] for n in range(PROCESSES)] for check in checks]
     parts = [
-        Part(f"comparing {c.name}", compare, (c.name, c.trials, interpret), len(c.trials))
-        for c in checks
+        Part(f"comparing {check.name}", compare, (check.name, share, interpret), len(share))
+        for check, mine in zip(checks, shares, strict=True)
+        for share in mine
+        if share
     ]
-    for number, ran in enumerate(run(parts, seconds, report)):
+    all_ran = run(parts, seconds, report)
+    for number, check in enumerate(checks):
+        mine = [r for p, r in zip(parts, all_ran, strict=True) if p.arguments[0] == check.name]
         check = dataclasses.replace(
-            checks[number], outcomes=tuple(ran.messages), failure=ran.failure
+            check,
+            outcomes=_in_order(check.trials, mine),
+            failure="; ".join(dict.fromkeys(ran.failure for ran in mine if ran.failure)),
         )
         if check.is_right and interpret is None:
             try:
@@ -213,8 +223,10 @@ def _compare(
     return checks
 
 
-def _trials(takes_float8: bool) -> tuple[Trial, ...]:
-    return verification.TRIALS + verification.FLOAT8_TRIALS * takes_float8
+def _in_order(trials: Sequence[Trial], all_ran: Sequence[Ran]) -> tuple[Outcome, ...]:
+    """The outcomes of all processes in the order of the trials."""
+    by_trial = {outcome.trial: outcome for ran in all_ran for outcome in ran.messages}
+    return tuple(by_trial[trial] for trial in trials if trial in by_trial)
 
 
 def compare(send: Send, implementation: str, trials: Sequence[Trial], interpret: str | None) -> None:  # fmt: skip

@@ -17,14 +17,14 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from gna_jax import backends
+from gna_jax import backends, verification
 from gna_jax.backends import Rung
 from gna_jax.device import DeviceSpec, resolve_device
 from gna_jax.interpreter import interpret_gpu
 from gna_jax.problem import Operands, Problem, describe
 from gna_jax.selfcheck.processes import Send
 from gna_jax.selfcheck.stamp import versions
-from gna_jax.verification import FLOAT8_TRIALS, Trial, one_line
+from gna_jax.verification import Trial, one_line
 
 PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 """What makes JAX see an NVIDIA GPU."""
@@ -63,14 +63,14 @@ class Standing:
       is_kernel: whether it is for GPUs alone.
       reason: why it does not run; empty where it does.
       is_broken: whether that is a defect, not a refusal.
-      takes_float8: whether float8 runs, too.
+      optional: what it takes of `verification.OPTIONAL_TRIALS`.
     """
 
     name: str
     is_kernel: bool
     reason: str = ""
     is_broken: bool = False
-    takes_float8: bool = False
+    optional: tuple[Trial, ...] = ()
 
 
 def interpreted(interpret: str | None) -> AbstractContextManager[None]:
@@ -88,15 +88,16 @@ def look(send: Send, interpret: str | None, trial: Trial) -> None:
         for rung in backends.RUNGS:
             is_kernel = rung.platforms is not None
             try:
-                reason, float8 = rung.reason(problem, None) or "", takes_float8(rung, device)
-                send(Standing(rung.name, is_kernel, reason, takes_float8=float8))
+                reason = rung.reason(problem, None) or ""
+                send(Standing(rung.name, is_kernel, reason, optional=optional(rung, device)))
             except Exception as error:  # what cannot be loaded belongs into the report
                 send(Standing(rung.name, is_kernel, one_line(error), is_broken=True))
 
 
-def takes_float8(rung: Rung, device: DeviceSpec) -> bool:
-    """Whether an implementation runs a call in float8 on a device."""
-    return rung.reason(problem_of(FLOAT8_TRIALS[0], device), None) is None
+def optional(rung: Rung, device: DeviceSpec) -> tuple[Trial, ...]:
+    """The optional trials that an implementation takes on a device."""
+    takes = lambda trial: rung.reason(problem_of(trial, device), None) is None
+    return tuple(trial for trial in verification.OPTIONAL_TRIALS if takes(trial))
 
 
 def find_library() -> Library:
@@ -138,8 +139,9 @@ def problem_of(trial: Trial, device: DeviceSpec) -> Problem:
         name: jax.ShapeDtypeStruct(shape, jnp.dtype(trial.dtype))
         for name, shape in trial.shapes().items()
     }
-    rule = trial.neighborhood
-    return describe(Operands(**arrays), rule, scale=None, precision=None, device=device)
+    bias = arrays.pop("relative_position_bias", None)
+    operands, rule = Operands(**arrays, bias=bias), trial.neighborhood
+    return describe(operands, rule, scale=None, precision=trial.precision, device=device)
 
 
 def environment() -> dict[str, str]:

@@ -92,14 +92,15 @@ def _check(check: Check, found: SelfCheck) -> list[str]:
 
 
 def _errors(outcomes: Sequence[Outcome]) -> list[str]:
-    """The largest error of each array by dtype."""
-    dtypes = list(dict.fromkeys(outcome.trial.dtype for outcome in outcomes))
+    """The largest error of each array by dtype, products of TF32 apart."""
+    dtypes = list(dict.fromkeys(outcome.trial.arithmetic for outcome in outcomes))
     largest: dict[str, dict[str, float]] = {}
     for outcome in outcomes:
         for name, error in outcome.errors.items():
             of_name = largest.setdefault(name, {})
-            before = of_name.get(outcome.trial.dtype, 0.0)
-            of_name[outcome.trial.dtype] = error if not error <= before else before  # NaN stays
+            before = of_name.get(outcome.trial.arithmetic, 0.0)
+            # NaN stays.
+            of_name[outcome.trial.arithmetic] = before if error <= before else error
     if not largest:
         return ["No result was compared."]
     header = ["largest error", *(part for dtype in dtypes for part in (dtype, "allowed"))]
@@ -115,7 +116,7 @@ def _wrong(check: Check) -> list[str]:
     """A line per call that is not right."""
     lines = []
     for outcome in check.wrong:
-        trial = f"`{outcome.trial}` {outcome.trial.dtype}"
+        trial = f"`{outcome.trial}` {outcome.trial.arithmetic}"
         lines.append(f"- **WRONG** {trial}: {_shortened(_told(outcome))}")
     return ["", *lines] if lines else []
 
@@ -124,7 +125,7 @@ def _told(outcome: Outcome) -> str:
     """What is wrong."""
     if outcome.failure:
         return outcome.failure
-    allowed = lambda name: verification.tolerance(name, outcome.trial.dtype)
+    allowed = lambda name: verification.tolerance(name, outcome.trial.arithmetic)
     over = [f"{n} {e:.1e}" for n, e in outcome.errors.items() if not e <= allowed(n)]
     over += [] if outcome.is_repeatable else ["another result the second time"]
     return ", ".join(over) or "no result"

@@ -35,7 +35,7 @@ def record_success(
         "device": device.kind,
         "versions": versions(),
         "seed": seed,
-        "errors": {f"{o.trial.dtype} {o.trial}": o.errors for o in outcomes},
+        "errors": {f"{o.trial.arithmetic} {o.trial}": o.errors for o in outcomes},
     }
     return write_stamp(implementation, device, stamp)
 

@@ -166,9 +166,10 @@ def useful_flops(trial: Trial, direction: str) -> int:
 
 
 def predicted(problem: Problem, implementation: str, direction: str) -> float | None:
-    """What the cost model says of the implementation's kernels with its own tiles; None for a device it does not know."""
-    tiles = backends.load(implementation).workload(problem, None).tiles
-    if tiles is None or tiles.kv is None or not is_known(problem.device):
+    """What the cost model says of the implementation's kernels with its own tiles; None for a device or kernels it does not know."""
+    work = backends.load(implementation).workload(problem, None)
+    tiles = work.tiles
+    if work.seconds is None or tiles is None or tiles.kv is None or not is_known(problem.device):
         return None
     forward = predicted_seconds(problem, "forward", tiles)
     if direction == FORWARD:
