@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from triton_suite import GPUS, SHARED_MEMORY, compiled, problem_of
 
-from gna_jax import gna
+from gna_jax import gna, gna_sharded
 
 pytestmark = pytest.mark.triton
 
@@ -87,3 +87,52 @@ def test_shard_map_keeps_its_shares():
     text = lowered(run, jax.ShapeDtypeStruct((4, 24, 4, 32), jnp.bfloat16))
     assert kernels(text) == 1 and "tensor<2x24x2x32xbf16>" in text
     assert not re.search(r"all_gather|all_reduce|all_to_all|collective_permute", text)
+
+
+SLABS = ((4, 32, 32), (11, 32, 32))
+"""Of `LARGE`, cut along time over four devices: queries, and the keys that they see."""
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_default_tiles_of_slabs_spill_nothing(job):
+    check(job, problem_of(*LARGE, 64, jnp.bfloat16, slabs=SLABS), 80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("job", (*JOBS, "additional_gradient"))
+@pytest.mark.parametrize("dim", (32, 64, 128, 256))
+def test_every_slab(dim, job, capability):
+    more = 77 if job == "additional_gradient" else 0
+    check(job, problem_of(*LARGE, dim, jnp.bfloat16, slabs=SLABS, num_additional=more), capability)
+
+
+PLANES = ((28, 56), (34, 56))
+"""Of `SMALL`, cut in two."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", (*JOBS, "bias_gradient"))
+@pytest.mark.parametrize("dim", (32, 64, 128))
+def test_every_slab_with_a_bias(dim, job):
+    check(job, problem_of(*SMALL, dim, jnp.bfloat16, slabs=PLANES, has_bias=True), 80)
+
+
+@pytest.mark.parametrize("job", ("bias_gradient", "additional_gradient"))
+def test_other_gradients_of_slabs_spill_nothing(job):
+    more = {"has_bias": True} if job == "bias_gradient" else {"num_additional": 77}
+    check(job, problem_of(*SMALL, 32, jnp.float16, slabs=PLANES, **more), 80)
+
+
+def test_a_volume_sharded_over_space_is_slabs():
+    """One kernel per device, with its origins; halos are permuted, nothing is gathered."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    spec = PartitionSpec(None, "x")
+    x = jax.ShapeDtypeStruct((1, 16, 24, 2, 64), jnp.bfloat16)
+    run = lambda q, k, v: gna_sharded(q, k, v, spec=spec, mesh=mesh, overlap=False, **OPTIONS)
+    text = lowered(run, x, x, x)
+    assert kernels(text) == 1 and "stablehlo.collective_permute" in text
+    (call,) = [line for line in text.splitlines() if "@triton_kernel_call_ffi" in line]
+    operands = call.rpartition(" : (")[2].partition(") -> ")[0].split(", ")
+    assert operands.count("tensor<2xi32>") == 2 and "tensor<1x8x24x2x64xbf16>" in operands
+    assert not re.search(r"all_gather|all_to_all|stablehlo.gather", text)

@@ -18,11 +18,10 @@ import numpy as np
 
 from gna_jax.backends.triton import toolchain
 from gna_jax.backends.triton.plan import KernelPlan
-from gna_jax.backends.triton.tiles import Job, settings
+from gna_jax.backends.triton.tiles import Job, complete, settings
 from gna_jax.device import KNOWN_DEVICES, DeviceSpec
 from gna_jax.neighborhood import Neighborhood
 from gna_jax.problem import Operands, Problem, describe
-from gna_jax.simulator.tile_shapes import best_tiles
 from gna_jax.tiling import Tiles
 
 GPUS = {
@@ -74,14 +73,14 @@ def quick_interpreter():
 
 
 def run(
-    kernel: Any, plan: Any, arrays: list[np.ndarray], programs: int, **constants: Any
+    kernel: Any, plan: Any, arrays: list[np.ndarray | None], programs: int, **constants: Any
 ) -> list[np.ndarray]:
-    """A kernel of any plan in the interpreter, on copies of numpy arrays."""
+    """A kernel of any plan in the interpreter, on copies of numpy arrays; what it wrote to them."""
     from gna_jax.backends.triton.launch import Memory
 
-    memories = [Memory(array.copy()) for array in arrays]
+    memories = [None if array is None else Memory(array.copy()) for array in arrays]
     kernel[(programs,)](*memories, plan=plan, **constants)
-    return [memory.array for memory in memories]
+    return [memory.array for memory in memories if memory is not None]
 
 
 def problem_of(
@@ -95,18 +94,30 @@ def problem_of(
     has_bias: bool = False,
     device: DeviceSpec = GPUS[80],
     precision: Any = None,
+    slabs: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
 ) -> Problem:
-    """A problem by its shapes alone."""
+    """A problem by its shapes alone; `slabs` are layouts of queries and of keys."""
     shape = lambda *sizes: jax.ShapeDtypeStruct((2, *sizes, dim), dtype)
+    queries, keys = slabs or (layout, layout)
     neighborhood = Neighborhood.of(len(layout), **rule)
-    operands = Operands(shape(*layout, heads[0]), *(shape(*layout, heads[1]),) * 2)
+    operands = Operands(shape(*queries, heads[0]), *(shape(*keys, heads[1]),) * 2)
+    if slabs:
+        origin = jax.ShapeDtypeStruct((len(layout),), np.int32)
+        operands = operands._replace(query_origin=origin, key_origin=origin)
     if num_additional:
         more = shape(num_additional, heads[1])
         operands = operands._replace(additional_keys=more, additional_values=more)
     if has_bias:
         table = (heads[0], *(2 * size - 1 for size in neighborhood.window_size))
         operands = operands._replace(bias=jax.ShapeDtypeStruct(table, np.float32))
-    return describe(operands, neighborhood, scale=None, precision=precision, device=device)
+    return describe(
+        operands,
+        neighborhood,
+        scale=None,
+        precision=precision,
+        device=device,
+        global_layout=layout if slabs else None,
+    )
 
 
 def kernel_of(job: str) -> Any:
@@ -161,15 +172,15 @@ def compiled(
 
 
 def _shapes(problem: Problem, job: Job) -> tuple[Any, Any]:
-    chosen, rule, layout = settings(problem, job), problem.neighborhood, problem.global_layout
-    backward = job == "key_gradient"
-    tiles = best_tiles(rule, layout, chosen.q, chosen.kv, dynamic=True, backward=backward)
-    return tiles.q, tiles.kv
+    tiles = complete(problem, None, job)
+    return (tiles.backward_q, tiles.backward_kv) if job == "key_gradient" else (tiles.q, tiles.kv)
 
 
 def _is_absent(argument: str, problem: Problem) -> bool:
     if argument == "bias":
         return not problem.has_bias
+    if argument.endswith("_origin"):
+        return not problem.is_slab
     if argument == "additional_lengths":
         return not problem.has_additional_lengths
     return argument.startswith("additional_") and not problem.num_additional
@@ -179,7 +190,7 @@ def _dtype(argument: str, job: str, problem: Problem) -> Any:
     sums = job == "additional_gradient" and argument.endswith("change")
     if sums or argument in ("lse", "delta", "bias", "bias_change", "scratch"):
         return np.float32
-    return problem.dtype
+    return np.int32 if argument.endswith("_origin") else problem.dtype
 
 
 def _usage(cubin: bytes, package: Path) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from gna_jax.backends.triton.plan import KernelPlan
 from gna_jax.device import KNOWN_DEVICES, DeviceSpec
 from gna_jax.neighborhood import Neighborhood
 from gna_jax.problem import Operands, describe
-from gna_jax.tiling import Tiles
+from gna_jax.tiling import Tiles, key_walk
 
 A100 = KNOWN_DEVICES["a100"]
 
@@ -64,6 +64,22 @@ def test_an_old_jax_triton_is_one_sentence(without_triton, monkeypatch):
         toolchain.triton_call()
 
 
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.1", "4.0.0+git1"])
+def test_an_old_triton_is_one_sentence(without_triton, monkeypatch, version):
+    """Of 3.6 jax-triton imports all that it names, and fails when it compiles."""
+    triton, fits = type(sys)("triton"), type(sys)("jax_triton")
+    triton.__version__ = version
+    fits.triton_call = lambda *arrays, kernel, out_type, backend_options, **options: None
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    monkeypatch.setitem(sys.modules, "jax_triton", fits)
+    monkeypatch.setattr(toolchain, "_keep_calls_whole", lambda library: None)
+    if version != "3.6.0":
+        assert toolchain.triton_call() is fits.triton_call
+        return
+    with pytest.raises(RuntimeError, match="need triton 3.9 or newer; found 3.6.0: install"):
+        toolchain.triton_call()
+
+
 def test_interpreting_is_decided_when_python_starts(without_triton, monkeypatch):
     with pytest.raises(RuntimeError, match="start Python with TRITON_INTERPRET=1"):
         toolchain.check(is_interpreted=True)
@@ -85,6 +101,20 @@ def test_interpreting_is_decided_when_python_starts(without_triton, monkeypatch)
 )
 def test_refused_calls(changes, reason):
     assert reason in backend.supports(problem_of((12,), window_size=3, **changes), None)
+
+
+def slab_of(problem, query_layout, key_layout):
+    return dataclasses.replace(
+        problem, query_layout=query_layout, key_layout=key_layout, is_slab=True
+    )
+
+
+def test_slabs_count_their_own_tokens(without_triton):
+    """Of a volume that is too large as a whole, slabs may be small enough: what is missing then is Triton alone."""
+    volume = problem_of((1 << 26,), window_size=3)
+    assert "32 bits" in backend.supports(volume, None)
+    assert "not installed" in backend.supports(slab_of(volume, (64,), (66,)), None)
+    assert "32 bits" in backend.supports(slab_of(volume, (64,), (1 << 26,)), None)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +160,7 @@ def test_a_plan_has_three_axes():
     # A tile that reaches past an axis of one token has padding there.
     assert not KernelPlan.of(problem_of((1,), window_size=1), (16,), (16,)).axes[2].is_flat
     runs = dataclasses.replace(plan, runs=4)
-    assert runs.run_tiles * 4 >= plan.q_tiles and runs.run_tokens * 4 >= plan.tokens
+    assert runs.run_tiles * 4 >= plan.q_tiles and runs.run_tokens * 4 >= plan.query_tokens
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["16 bits", "32 bits"])
@@ -153,6 +183,41 @@ def test_a_small_window_reads_little():
     work = backend.workload(problem, None)
     assert work.tiles.q == (8, 8)
     assert work.computed_pairs / 56**2 == pytest.approx(214.86, rel=1e-4)
+
+
+def test_a_small_window_loads_little():
+    """A walk loads its box and no more: 14 x 14 keys amid the layout, of 8 x 8 queries; with edges 2.7 keys per query."""
+    rule, tiles = Neighborhood.of(2, window_size=7), Tiles((8, 8), (2, 16))
+    boxes = []
+    for axis, q, kv in zip(rule.axes, tiles.q, tiles.kv, strict=True):
+        walk = key_walk(axis, 56, np.arange(0, 56, q), q_tile=q, kv_tile=kv, dynamic=True)
+        boxes.append((walk.outer[1] - walk.outer[0]).sum())
+    keys = math.prod(boxes) / 56**2
+    head_bytes = 32 * 2
+    moved = (2 * keys * head_bytes + 2 * head_bytes + 4) * 56**2 * 2 * 128
+    assert keys == pytest.approx(2.699, abs=1e-3) and moved == pytest.approx(383.3e6, rel=1e-3)
+
+
+def test_tiles_fill_the_slab():
+    """Thin slabs get thin tiles; the volume as its own slab is counted like the volume."""
+    volume = problem_of((30, 48, 80), window_size=(18, 24, 24))
+    tiles = Tiles((2, 4, 8), (2, 2, 8))
+    same = slab_of(volume, volume.query_layout, volume.key_layout)
+    assert tile_choice.forward_pairs(same, tiles) == tile_choice.forward_pairs(volume, tiles)
+    thin = slab_of(volume, (30, 6, 80), (30, 30, 80))
+    chosen, work = tile_choice.complete(thin, None), backend.workload(thin, None)
+    assert tile_choice.refused(thin, chosen) is None and 6 % chosen.q[1] == 0
+    assert 1 <= 8 * work.computed_pairs / backend.workload(same, None).computed_pairs < 1.15
+
+
+def test_dq_has_tiles_of_its_own():
+    """Where the caller names none: the settings of dQ are for other sizes than the forward's."""
+    problem = problem_of((16, 32, 32), dim=256, window_size=(8, 16, 16))
+    for job in ("forward", "query_gradient"):
+        sizes, tiles = tile_choice.settings(problem, job), tile_choice.complete(problem, None, job)
+        assert (math.prod(tiles.q), math.prod(tiles.kv)) == (sizes.q, sizes.kv)
+    mine = Tiles((2, 4, 4), (2, 2, 4))
+    assert tile_choice.complete(problem, mine, "query_gradient").q == mine.q
 
 
 def test_the_extra_names_both():

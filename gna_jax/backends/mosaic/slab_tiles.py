@@ -26,8 +26,16 @@ MOST_GROUPS = 8
 
 def forward_pairs(problem: Problem, tiles: Tiles) -> tuple[int, int]:
     """Pairs that the forward computes for a batch entry and head, and those of them that pass a mask."""
-    plan = limits.forward_plan(problem, tiles)
-    axes = [axis_visits(plan, number) for number in range(problem.rank)]
+    return _pairs(limits.forward_plan(problem, tiles))
+
+
+def pairs(problem: Problem, q_tile: Shape, kv_tile: Shape) -> tuple[int, int]:
+    """`forward_pairs` of any kernel whose Q tiles visit KV tiles from the first key of their box on."""
+    return _pairs(TilePlan(problem, q_tile, kv_tile, 1, 0, 1, 1))
+
+
+def _pairs(plan: TilePlan) -> tuple[int, int]:
+    axes = [axis_visits(plan, number) for number in range(plan.problem.rank)]
     visits, clean = (math.prod(counts) for counts in zip(*axes, strict=True))
     pairs = math.prod(plan.own) * plan.columns
     return visits * pairs, (visits - clean) * pairs

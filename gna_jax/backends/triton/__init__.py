@@ -18,9 +18,8 @@ from gna_jax.backends.mosaic.partitioning import (
 )
 from gna_jax.backends.triton import toolchain
 from gna_jax.backends.triton.dots import input_precision
-from gna_jax.backends.triton.tiles import complete, refused
+from gna_jax.backends.triton.tiles import complete, forward_pairs, refused
 from gna_jax.problem import Operands, Problem, Workload
-from gna_jax.simulator import Simulation
 from gna_jax.tiling import Tiles
 
 PLATFORMS = ("cuda",)
@@ -62,13 +61,12 @@ def _refused_call(problem: Problem) -> str | None:
             f"the Triton kernels take head dims up to {MOST_COLUMNS};"
             f" got head_dim={problem.head_dim}, value_dim={problem.value_dim}: use more and narrower heads, or 'xla'"
         )
-    if problem.is_slab:
-        return "the Triton kernels take whole volumes only, this call is a slab of one: use 'xla'"
     widest = max(problem.query_heads * problem.head_dim, problem.query_heads * problem.value_dim)
-    if math.prod(problem.global_layout) * widest >= 1 << 31:
+    tokens = max(math.prod(problem.query_layout), math.prod(problem.key_layout))
+    if tokens * widest >= 1 << 31:
         return (
             "the Triton kernels number the elements of a sample in 32 bits;"
-            f" got {math.prod(problem.global_layout)} tokens of {widest}: split the heads over calls, or use 'xla'"
+            f" got {tokens} tokens of {widest}: split the heads over calls, or use 'xla'"
         )
     return None
 
@@ -94,22 +92,27 @@ def backward(
     cotangents: Outputs,
 ) -> Operands:
     """Gradients of the floating operands; that of the bias per sample, `[B, N, ..]` float32."""
-    chosen = complete(problem, tiles)
+    of_queries, of_keys = complete(problem, tiles, "query_gradient"), complete(problem, tiles)
     out, row = token_axes(problem.rank, QUERY_HEADS), row_axes(problem.rank)
     axes = _operand_axes(problem, operands)
-    results = axes._replace(additional_lengths=None)
+    results = axes._replace(query_origin=None, key_origin=None, additional_lengths=None)
     if operands.bias is not None:
         results = results._replace(bias=("batch", *(axes.bias)))
 
     def run(share: Problem, arguments: tuple[Operands, Outputs, Outputs]) -> Operands:
-        return _backward(share, chosen, *arguments)
+        return _backward(share, of_queries, of_keys, *arguments)
 
     arguments = operands, saved, cotangents
     return partitioned(problem, run, arguments, (axes, (out, row), (out, row)), results)
 
 
 def _backward(
-    problem: Problem, tiles: Tiles, operands: Operands, saved: Outputs, cotangents: Outputs
+    problem: Problem,
+    of_queries: Tiles,
+    of_keys: Tiles,
+    operands: Operands,
+    saved: Outputs,
+    cotangents: Outputs,
 ) -> Operands:
     from gna_jax.backends.triton import calls
 
@@ -117,13 +120,14 @@ def _backward(
     out_cotangent, lse_cotangent = cotangents
     wide = out.astype(jnp.float32) * out_cotangent.astype(jnp.float32)
     rows = calls.Saved(out_cotangent, lse, wide.sum(axis=-1) - lse_cotangent)
-    query = calls.query_gradient(problem, operands, tiles, rows)
-    gradients = Operands(query, *calls.key_gradients(problem, operands, tiles, rows))
+    query = calls.query_gradient(problem, operands, of_queries, rows)
+    gradients = Operands(query, *calls.key_gradients(problem, operands, of_keys, rows))
     if operands.additional_keys is not None:
-        keys, values = calls.additional_gradients(problem, operands, tiles, rows)
+        keys, values = calls.additional_gradients(problem, operands, of_keys, rows)
         gradients = gradients._replace(additional_keys=keys, additional_values=values)
     if operands.bias is not None:
-        gradients = gradients._replace(bias=calls.bias_gradient(problem, operands, tiles, rows))
+        bias = calls.bias_gradient(problem, operands, of_queries, rows)
+        gradients = gradients._replace(bias=bias)
     return gradients
 
 
@@ -138,11 +142,5 @@ def _operand_axes(problem: Problem, operands: Operands) -> Operands:
 def workload(problem: Problem, tiles: Tiles | None) -> Workload:
     """The tiles of the kernels and the pairs that their forward computes; its time is not predicted."""
     tiles = complete(problem, tiles)
-    counts = Simulation.of(problem.neighborhood, problem.global_layout, tiles).forward
-    pairs = counts.tile_elements * counts.visited_elements
-    return Workload(
-        tiles=tiles,
-        computed_pairs=counts.computed_pairs,
-        masked_pairs=counts.partial * pairs,
-        seconds=None,
-    )
+    computed, masked = forward_pairs(problem, tiles)
+    return Workload(tiles=tiles, computed_pairs=computed, masked_pairs=masked, seconds=None)

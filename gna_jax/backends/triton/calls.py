@@ -49,7 +49,7 @@ def forward(problem: Problem, operands: Operands, tiles: Tiles) -> tuple[jax.Arr
         problem,
         plan,
         forward_kernel,
-        (*operands[:3], operands.bias, *_additional(operands)),
+        (*operands[:5], operands.bias, *_additional(operands)),
         results,
         programs=problem.batch * plan.q_tiles * plan.query_heads,
         settings=tile_choice.settings(problem, "forward"),
@@ -65,7 +65,7 @@ def query_gradient(problem: Problem, operands: Operands, tiles: Tiles, saved: Sa
         problem,
         plan,
         query_gradient_kernel,
-        (*operands[:3], operands.bias, *_additional(operands), *_statistics(saved)),
+        (*operands[:5], operands.bias, *_additional(operands), *_statistics(saved)),
         (_like(operands.query),),
         programs=problem.batch * plan.q_tiles * plan.query_heads,
         settings=tile_choice.settings(problem, "query_gradient"),
@@ -84,7 +84,7 @@ def key_gradients(
         problem,
         plan,
         key_gradient_kernel,
-        (*operands[:3], operands.bias, *_statistics(saved)),
+        (*operands[:5], operands.bias, *_statistics(saved)),
         (_like(operands.key), _like(operands.value)),
         programs=problem.batch * plan.kv_tiles * plan.kv_heads,
         settings=tile_choice.settings(problem, "key_gradient"),
@@ -99,7 +99,7 @@ def additional_gradients(
 
     plan = key_gradient_plan(problem, tiles)
     programs = problem.batch * plan.additional_tiles * plan.kv_heads
-    plan = _with_runs(plan, programs, -(-plan.tokens // plan.q_rows))
+    plan = _with_runs(plan, programs, -(-plan.query_tokens // plan.q_rows))
     keys, values = operands.additional_keys, operands.additional_values
     results = tuple(
         jax.ShapeDtypeStruct((plan.runs, *array.shape), jnp.float32) for array in (keys, values)
@@ -131,7 +131,7 @@ def bias_gradient(problem: Problem, operands: Operands, tiles: Tiles, saved: Sav
         problem,
         plan,
         bias_gradient_kernel,
-        (*operands[:3], operands.bias, *_statistics(saved)),
+        (*operands[:5], operands.bias, *_statistics(saved)),
         (scratch, jax.ShapeDtypeStruct(shape, jnp.float32)),
         programs=programs,
         settings=tile_choice.settings(problem, "bias_gradient"),

@@ -1,9 +1,13 @@
 """One Triton kernel on arrays: through jax-triton on a GPU, or in Triton's interpreter on the CPU."""
 
+import contextlib
+import importlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gna_jax.backends.triton import toolchain
@@ -57,11 +61,42 @@ def _interpret(
         operands = [None if a is None else Memory(next(copies)) for a in arguments]
         # What no program writes stays NaN.
         outputs = [Memory(np.full(r.shape, np.nan, r.dtype)) for r in results]
-        with _INTERPRETER:
+        with _INTERPRETER, _true_bfloat16():
             kernel[(programs,)](*operands, *outputs, plan=plan)
         return tuple(output.array for output in outputs)
 
     return jax.pure_callback(run, results, *present)
+
+
+@contextlib.contextmanager
+def _true_bfloat16() -> Iterator[None]:
+    """In the interpreter, products and rounding of bfloat16 as a GPU has them.
+
+    Triton 3.9 holds bfloat16 as integers. It multiplies those, and cuts a float32 off where it should round (2026-11).
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    tl, builder, bits = interpreter.tl, interpreter.interpreter_builder, np.dtype(np.uint16)
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def wide(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16 or operand.data.dtype != bits:
+            return operand
+        data = operand.data.view(jnp.bfloat16).astype(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def create_dot(left: Any, right: Any, *rest: Any) -> Any:
+        return dot(wide(left), wide(right), *rest)
+
+    def cast_impl(source: Any, target: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return cast(source, target)
+        return interpreter.TensorHandle(source.data.astype(jnp.bfloat16).view(bits), tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    try:
+        yield
+    finally:
+        del builder.create_dot, builder.cast_impl
 
 
 class Memory:

@@ -22,7 +22,9 @@ class Axis:
     """One axis: its tokens, its rule, and the tiles on it.
 
     Args:
-      length: tokens of the layout.
+      length: tokens of the volume's layout.
+      query_tokens, key_tokens: tokens of the arrays: `length`, but for slabs.
+      is_slab: whether the arrays are parts of the volume, whose origins are known at run time.
       window, stride, dilation, is_causal: the rule; `is_whole` where every key of the group is seen (then `window` says nothing).
       is_whole: whether the window is the whole dilation group.
       extent: keys of the largest window.
@@ -30,6 +32,9 @@ class Axis:
     """
 
     length: int
+    query_tokens: int
+    key_tokens: int
+    is_slab: bool
     window: int
     stride: int
     dilation: int
@@ -42,7 +47,7 @@ class Axis:
     @property
     def is_flat(self) -> bool:
         """Whether the axis has one token, in tiles of one: then nothing needs to be computed on it."""
-        return self.length == self.q_tile == self.kv_tile == 1
+        return not self.is_slab and self.length == self.q_tile == self.kv_tile == 1
 
     @property
     def is_even(self) -> bool:
@@ -50,19 +55,14 @@ class Axis:
         return self.length % self.dilation == 0
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest dilation group."""
-        return -(-self.length // self.dilation)
-
-    @property
     def q_tiles(self) -> int:
-        """Q tiles of the longest dilation group."""
-        return -(-self.longest // self.q_tile)
+        """Q tiles of the longest dilation group of the queries."""
+        return -(-self.query_tokens // (self.dilation * self.q_tile))
 
     @property
     def kv_tiles(self) -> int:
-        """KV tiles of the longest dilation group."""
-        return -(-self.longest // self.kv_tile)
+        """KV tiles of the longest dilation group of the keys."""
+        return -(-self.key_tokens // (self.dilation * self.kv_tile))
 
     @property
     def offsets(self) -> int:
@@ -70,7 +70,7 @@ class Axis:
         return 2 * self.extent - 1
 
 
-_FLAT = Axis(1, 1, 1, 1, False, False, 1, 1, 1)
+_FLAT = Axis(1, 1, 1, False, 1, 1, 1, False, False, 1, 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,8 @@ class KernelPlan:
         rules = zip(
             problem.neighborhood.axes,
             problem.global_layout,
+            problem.query_layout,
+            problem.key_layout,
             problem.window_extent,
             q_tile,
             kv_tile,
@@ -113,6 +115,9 @@ class KernelPlan:
         axes = [
             Axis(
                 length,
+                queries,
+                keys,
+                problem.is_slab,
                 rule.window,
                 rule.stride,
                 rule.dilation,
@@ -122,7 +127,7 @@ class KernelPlan:
                 q,
                 kv,
             )
-            for rule, length, extent, q, kv in rules
+            for rule, length, queries, keys, extent, q, kv in rules
         ]
         first, second, third = (*(_FLAT,) * (RANK - len(axes)), *axes)
         return cls(
@@ -163,9 +168,24 @@ class KernelPlan:
         return max(16, power_of_two(self.value_dim))
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the layout."""
-        return math.prod(axis.length for axis in self.axes)
+    def is_slab(self) -> bool:
+        """Whether queries and keys are slabs of the volume."""
+        return any(axis.is_slab for axis in self.axes)
+
+    @property
+    def leading_axes(self) -> int:
+        """Axes before the first that the arrays of a slab have."""
+        return sum(not axis.is_slab for axis in self.axes)
+
+    @property
+    def query_tokens(self) -> int:
+        """Tokens of the queries' array."""
+        return math.prod(axis.query_tokens for axis in self.axes)
+
+    @property
+    def key_tokens(self) -> int:
+        """Tokens of the keys' array."""
+        return math.prod(axis.key_tokens for axis in self.axes)
 
     @property
     def groups(self) -> int:
@@ -200,7 +220,7 @@ class KernelPlan:
     @property
     def run_tokens(self) -> int:
         """Tokens of a run, in the order of the layout."""
-        return -(-self.tokens // (self.q_rows * self.runs)) * self.q_rows
+        return -(-self.query_tokens // (self.q_rows * self.runs)) * self.q_rows
 
     @property
     def additional_tiles(self) -> int:

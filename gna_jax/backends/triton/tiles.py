@@ -4,9 +4,11 @@ import dataclasses
 import math
 from typing import Literal
 
+from gna_jax.backends.mosaic import slab_tiles
 from gna_jax.backends.triton.plan import power_of_two
 from gna_jax.neighborhood import by
 from gna_jax.problem import Problem
+from gna_jax.simulator import Simulation
 from gna_jax.simulator.tile_shapes import best_tiles
 from gna_jax.tiling import Tiles
 
@@ -101,28 +103,79 @@ FEW_KEYS = 256
 def settings(problem: Problem, job: Job) -> Settings:
     """The settings of a kernel of this problem."""
     columns = max(32, power_of_two(max(problem.head_dim, problem.value_dim)))
-    if problem.dtype.itemsize == 4:
+    if problem.is_slab:
+        table = _slab_table(problem)
+    elif problem.dtype.itemsize == 4:
         table = _EXACT
     elif problem.has_bias or math.prod(problem.window_extent) <= FEW_KEYS:
         table = _NARROW
     else:
         table = _WIDE
-    if job == "bias_gradient":  # it owns the forward's tiles, and keeps no loads in flight
+    if job == "bias_gradient":  # it owns dQ's tiles, and keeps no loads in flight
         return dataclasses.replace(table["query_gradient"][columns], num_stages=1)
     return table[job][columns]
 
 
-def complete(problem: Problem, tiles: Tiles | None) -> Tiles:
-    """All four shapes: what the caller left out is counted. `refused` has accepted the rest."""
-    rule, layout = problem.neighborhood, problem.global_layout
+def _slab_table(problem: Problem) -> dict[Job, dict[int, Settings]]:
+    """For slabs: what follows from origins, known at run time, takes registers. Fewer keys per tile, or more warps, leave enough."""
+    table: dict[Job, dict[int, Settings]]
+    table = {job: {**rows, 256: _WIDE[job][256]} for job, rows in _NARROW.items()}
+    if problem.dtype.itemsize == 4:
+        table = dict(_EXACT)
+        table["query_gradient"] = {**_EXACT["query_gradient"], 128: Settings(16, 16, 4, 1)}
+    elif problem.has_bias:
+        table["key_gradient"] = {**table["key_gradient"], 128: Settings(32, 32, 8, 2)}
+    else:
+        return table
+    return {
+        job: {columns: dataclasses.replace(one, num_warps=8) for columns, one in rows.items()}
+        for job, rows in table.items()
+    }
+
+
+def complete(problem: Problem, tiles: Tiles | None, job: Job = "forward") -> Tiles:
+    """All four shapes: what the caller left out is counted. `refused` has accepted the rest.
+
+    Args:
+      problem: the call.
+      tiles: what the caller named.
+      job: whose sizes `q` and `kv` have where the caller named none: of the forward or of dQ.
+    """
     if tiles is None:
-        sizes = settings(problem, "forward")
-        tiles = best_tiles(rule, layout, sizes.q, sizes.kv, dynamic=True)
+        tiles = Tiles(*_best_shapes(problem, settings(problem, job), False), dynamic=True)
     if tiles.backward_q is None or tiles.backward_kv is None:
-        sizes = settings(problem, "key_gradient")
-        backward = best_tiles(rule, layout, sizes.q, sizes.kv, dynamic=True, backward=True)
-        tiles = dataclasses.replace(tiles, backward_q=backward.q, backward_kv=backward.kv)
+        q, kv = _best_shapes(problem, settings(problem, "key_gradient"), True)
+        tiles = dataclasses.replace(tiles, backward_q=q, backward_kv=kv)
     return tiles
+
+
+def _best_shapes(
+    problem: Problem, sizes: Settings, backward: bool
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shapes of a Q and a KV tile: they fill the slab where it is one, else the volume."""
+    if problem.is_slab:
+        own, visited = (sizes.kv, sizes.q) if backward else (sizes.q, sizes.kv)
+        shapes = slab_tiles.best_shapes(problem, own, visited, is_inverse=backward)
+        return (shapes[1], shapes[0]) if backward else shapes
+    tiles = best_tiles(
+        problem.neighborhood,
+        problem.global_layout,
+        sizes.q,
+        sizes.kv,
+        dynamic=True,
+        backward=backward,
+    )
+    return tiles.q, tiles.kv
+
+
+def forward_pairs(problem: Problem, tiles: Tiles) -> tuple[int, int]:
+    """Pairs that the forward computes for a batch entry and head, and those of them that pass a mask; of a slab, amid the volume."""
+    if not problem.is_slab:
+        tiles = dataclasses.replace(tiles, dynamic=True)
+        counts = Simulation.of(problem.neighborhood, problem.global_layout, tiles).forward
+        pairs = counts.tile_elements * counts.visited_elements
+        return counts.computed_pairs, counts.partial * pairs
+    return slab_tiles.pairs(problem, tiles.q, tiles.kv or ())
 
 
 def refused(problem: Problem, tiles: Tiles | None) -> str | None:

@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,9 @@ OPTIONS = {
     "enable_fp_fusion": True,
 }
 """Of Triton's compiler."""
+
+OLDEST = (3, 9)
+"""Of Triton, as the extra has it: what jax-triton 0.4.1 imports of 3.6 is not all that it calls."""
 
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int64": "i64"}
 _INSTALL = "install what fits this jax with pip install 'gna-jax[triton]', or use 'xla'"
@@ -55,13 +59,19 @@ def triton_call() -> Callable[..., Any]:
     Raises:
       RuntimeError: where jax-triton or Triton is missing, or does not fit this jax.
     """
-    _import("triton")
+    triton = _import("triton")
     library = _import("jax_triton")
     parameters = inspect.signature(library.triton_call).parameters
     if "out_type" not in parameters or "backend_options" not in parameters:
         version = getattr(library, "__version__", "unknown")
         raise RuntimeError(
             f"the Triton kernels need jax-triton 0.4.1 or newer; found {version}: {_INSTALL}"
+        )
+    found = getattr(triton, "__version__", "0")
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise RuntimeError(
+            f"the Triton kernels need triton {oldest} or newer; found {found}: {_INSTALL}"
         )
     _keep_calls_whole(library)
     return library.triton_call

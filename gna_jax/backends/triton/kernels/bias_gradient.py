@@ -17,13 +17,14 @@ from gna_jax.backends.triton.kernels.scores import (
     window_scores,
 )
 from gna_jax.backends.triton.kernels.token_tiles import (
-    in_group,
+    before,
     key_base,
     load_outs,
     load_queries,
     load_values,
     out_base,
     query_base,
+    read_rows,
     seen,
     tile_places,
     token_numbers,
@@ -43,24 +44,28 @@ def _window_slots(keys, firsts, plan: tl.constexpr):
 
 
 @triton.jit
-def _entry_axis(entries, query, first, end, axis: tl.constexpr):
+def _entry_axis(entries, query, first, end, box_first, axis: tl.constexpr):
     """On one axis, a bias entry's key as its number in the window of one query, and whether the query sees it."""
     key = query + entries - (axis.extent - 1)
-    return key - first, (key >= first) & (key < end)
+    has = (key >= first) & (key < end)
+    if axis.is_slab:
+        has = has & (key >= box_first)
+    return key - first, has
 
 
 @triton.jit
-def _entry_slots(entries, queries, lengths, plan: tl.constexpr):
+def _entry_slots(entries, queries, group, box, plan: tl.constexpr):
     """For one query: the window slots of bias entries, and which of them the query has."""
     number = 0
     has = entries < plan.bias_entries
-    firsts, ends = key_intervals(queries, lengths, plan)
+    _, lengths, own_ends, box_ends = group
+    firsts, ends = key_intervals(queries, lengths, box_ends, plan)
     for i in tl.static_range(3):
         if not plan.axes[i].is_flat:
             entry = (entries // plan.bias_strides[i]) % plan.axes[i].offsets
             # Padding sees nothing.
-            end = tl.where(queries[i] < lengths[i], ends[i], 0)
-            slot, is_key = _entry_axis(entry, queries[i], firsts[i], end, plan.axes[i])
+            end = tl.where(queries[i] < own_ends[i], ends[i], 0)
+            slot, is_key = _entry_axis(entry, queries[i], firsts[i], end, box[0][i], plan.axes[i])
             number = number + slot * plan.slot_strides[i]
             has = has & is_key
     return number, has
@@ -94,14 +99,14 @@ def _scatter_visit(
     """dS of the pairs of one KV tile, to their slots."""
     rows, cotangent, powers, less, real = tile
     from_key, from_value = bases
-    _, lengths = group
+    _, lengths, _, box_ends = group
     scores, _, columns, seen_keys = window_scores(
         rows, from_key, bias, head, starts, queries, group, plan, MASKED
     )
     values = load_values(from_value, columns, seen_keys, plan, MASKED)
     change = score_gradient(scores, cotangent, values, powers, less, plan)
     keys = tile_places(starts, plan, True)
-    firsts, ends = key_intervals(queries, lengths, plan)
+    firsts, ends = key_intervals(queries, lengths, box_ends, plan)
     slots = _window_slots(keys, firsts, plan)
     places = tl.arange(0, plan.q_rows)[:, None] * plan.slots + slots
     mask = real[:, None]
@@ -111,7 +116,7 @@ def _scatter_visit(
 
 
 @triton.jit
-def _collect(scratch, target, own, lengths, is_first, plan: tl.constexpr):
+def _collect(scratch, target, starts, group, box, is_first, plan: tl.constexpr):
     """Add a tile's dS to the bias entries of the program."""
     for block in range(0, plan.bias_blocks):
         entries = block * plan.bias_block + tl.arange(0, plan.bias_block)
@@ -119,7 +124,7 @@ def _collect(scratch, target, own, lengths, is_first, plan: tl.constexpr):
         total = tl.load(target + entries, mask=is_entry, other=0.0)
         total = tl.where(is_first, 0.0, total)  # nothing was stored yet
         for row in range(0, plan.q_rows):
-            slots, has = _entry_slots(entries, _query_at(row, own, plan), lengths, plan)
+            slots, has = _entry_slots(entries, _query_at(row, starts, plan), group, box, plan)
             total += tl.load(scratch + row * plan.slots + slots, mask=has, other=0.0)
         tl.store(target + entries, total, mask=is_entry)
 
@@ -129,6 +134,8 @@ def bias_gradient_kernel(
     query,
     key,
     value,
+    query_origin,
+    key_origin,
     bias,
     out_cotangent,
     lse,
@@ -144,23 +151,25 @@ def bias_gradient_kernel(
     scratch += program.to(tl.int64) * (plan.q_rows * plan.slots)
     bias_change += program.to(tl.int64) * plan.bias_entries
     bases = (
-        key_base(key, sample, kv_head, plan.tokens, plan),
-        value_base(value, sample, kv_head, plan.tokens, plan),
+        key_base(key, sample, kv_head, plan.key_tokens, plan),
+        value_base(value, sample, kv_head, plan.key_tokens, plan),
     )
     from_query = query_base(query, sample, head, plan)
     from_out = out_base(out_cotangent, sample, head, plan)
     first_tile = run * plan.run_tiles
     for tile in range(first_tile, tl.minimum(first_tile + plan.run_tiles, plan.q_tiles)):
-        residues, lengths, own, is_real = own_place(tile, plan, False)
-        group = (residues, lengths)
-        box = walk(own, lengths, plan, False)
+        own, visited, lengths, is_real = own_place(tile, (query_origin, key_origin), plan, False)
+        box = walk(own, visited, lengths, plan, False)
+        offsets, own_starts, ends = own
+        group = (visited[0], lengths, ends, box[1])
         clean, shell = num_visits(box, is_real)
-        places = tile_places(own, plan, False)
-        real = in_group(places, lengths, plan)
-        numbers = token_numbers(places, residues, plan)
-        rows = load_queries(from_query, numbers, real, plan, True)
-        cotangent = load_outs(from_out, numbers, real, plan, True)
-        powers, less = load_statistics(lse, delta, sample, head, numbers, real, plan)
+        places = tile_places(own_starts, plan, False)
+        real = before(places, ends, plan)
+        is_read = read_rows(real, places, lengths, plan, False)
+        numbers = token_numbers(places, offsets, plan, False)
+        rows = load_queries(from_query, numbers, is_read, plan, True)
+        cotangent = load_outs(from_out, numbers, is_read, plan, True)
+        powers, less = load_statistics(lse, delta, sample, head, numbers, is_read, plan)
         loaded = (rows, cotangent, powers, less, real)
         for step in range(0, clean):
             starts = clean_start(step, box, plan, False)
@@ -169,5 +178,5 @@ def bias_gradient_kernel(
             starts = shell_start(step, box, plan, False)
             _scatter_visit(scratch, loaded, bases, bias, head, starts, places, group, plan, True)
         tl.debug_barrier()
-        _collect(scratch, bias_change, own, lengths, tile == first_tile, plan)
+        _collect(scratch, bias_change, own_starts, group, box, tile == first_tile, plan)
         tl.debug_barrier()

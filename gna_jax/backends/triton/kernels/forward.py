@@ -16,13 +16,14 @@ from gna_jax.backends.triton.kernels.scores import (
     window_scores,
 )
 from gna_jax.backends.triton.kernels.token_tiles import (
+    before,
     head_base,
-    in_group,
     key_base,
     load_queries,
     load_values,
     out_base,
     query_base,
+    read_rows,
     store_outs,
     tile_places,
     token_numbers,
@@ -51,6 +52,8 @@ def forward_kernel(
     query,
     key,
     value,
+    query_origin,
+    key_origin,
     bias,
     additional_keys,
     additional_values,
@@ -62,17 +65,19 @@ def forward_kernel(
     """One Q tile: `out` in its dtype, `lse` float32, natural."""
     sample, tile, head = program_of(tl.program_id(0), plan.q_tiles, plan.query_heads)
     kv_head = head // plan.heads_per_kv
-    residues, lengths, own, is_real = own_place(tile, plan, False)
-    box = walk(own, lengths, plan, False)
+    own, visited, lengths, is_real = own_place(tile, (query_origin, key_origin), plan, False)
+    box = walk(own, visited, lengths, plan, False)
     clean, shell = num_visits(box, is_real)
-    places = tile_places(own, plan, False)
-    group = (residues, lengths)
-    real = in_group(places, lengths, plan)
-    numbers = token_numbers(places, residues, plan)
+    offsets, own_starts, ends = own
+    places = tile_places(own_starts, plan, False)
+    group = (visited[0], lengths, ends, box[1])
+    real = before(places, ends, plan)
+    is_read = read_rows(real, places, lengths, plan, False)
+    numbers = token_numbers(places, offsets, plan, False)
     from_query = query_base(query, sample, head, plan)
-    from_key = key_base(key, sample, kv_head, plan.tokens, plan)
-    from_value = value_base(value, sample, kv_head, plan.tokens, plan)
-    rows = load_queries(from_query, numbers, real, plan, True)
+    from_key = key_base(key, sample, kv_head, plan.key_tokens, plan)
+    from_value = value_base(value, sample, kv_head, plan.key_tokens, plan)
+    rows = load_queries(from_query, numbers, is_read, plan, True)
     values = tl.zeros((plan.q_rows, plan.value_columns), tl.float32)
     peak = tl.full((plan.q_rows,), -1e30, tl.float32)
     total = tl.zeros((plan.q_rows,), tl.float32)
@@ -100,9 +105,12 @@ def forward_kernel(
             )
             tile_of_values = load_values(from_value, keys, seen_keys, plan, True)
             values, peak, total = _add((values, peak, total), scores, tile_of_values, plan)
-    total = tl.where(total == 0.0, 1.0, total)  # of padding alone
+    sees_none = total == 0.0  # padding, and queries of a slab
+    total = tl.where(sees_none, 1.0, total)
     from_out = out_base(out, sample, head, plan)
     store_outs(from_out, numbers, real, values / total[:, None], plan)
-    lse_base = head_base(lse, sample, head, plan.tokens, plan.query_heads, 1)
+    lse_base = head_base(lse, sample, head, plan.query_tokens, plan.query_heads, 1)
     natural = (peak + tl.log2(total)) / plan.log2_e
+    if plan.is_slab:
+        natural = tl.where(sees_none, float("-inf"), natural)
     tl.store(lse_base + numbers * plan.query_heads, natural, mask=real)

@@ -2,8 +2,11 @@
 `pallas_kernels.plan`, mirrored once. `tests/triton_geometry_test.py` holds all three against the originals.
 
 Positions are int32 and count tokens of a dilation group. Triton's division rounds towards zero, which is Python's for numbers
-that are not negative; where one may be, the result is not used. An axis is a `plan.Axis`, static. A function that returns from an
-`if` has all else in its `else`: what follows a return is compiled too.
+that are not negative; where one may be, the result is not used, or it is floored. An axis is a `plan.Axis`, static. A function that
+returns from an `if` has all else in its `else`: what follows a return is compiled too.
+
+On slabs positions are those of the volume's dilation groups too, and below 0 or past the group's end outside the volume. Only addresses
+count from a slab's origin. What is visited is clipped to what the visited slab holds of the volume.
 """
 
 import triton
@@ -61,6 +64,16 @@ def query_end(key, length, axis: tl.constexpr):
 
 
 @triton.jit
+def visible_end(first, end, place, length, box_end, axis: tl.constexpr):
+    """The end of the interval that a token at `place` sees, cut to the end of the walk's box. Outside the volume nothing is seen."""
+    if axis.is_slab:
+        is_inside = (place >= 0) & (place < length)
+        return tl.where(is_inside, tl.maximum(tl.minimum(end, box_end), first), first)
+    else:
+        return end
+
+
+@triton.jit
 def group_length(residue, axis: tl.constexpr):
     """Tokens of a dilation group."""
     if axis.is_even:
@@ -81,39 +94,84 @@ def _visits(start, outer_end, inner_first, inner_end, tile: tl.constexpr):
 
 
 @triton.jit
-def key_walk(q_start, length, axis: tl.constexpr):
-    """What the Q tile at `q_start` visits on one axis: first key, visits, first clean visit, clean visits."""
+def _slab_visits(outer, inner, held, sees, is_inside, tile: tl.constexpr):
+    """`_visits` of the tokens that the visited slab holds: none where no own token `sees`, none clean unless all are inside the volume."""
+    start = tl.maximum(outer[0], held[0])
+    end = tl.maximum(tl.minimum(outer[1], held[1]), start)
+    end = tl.where(sees, end, start)
+    visits, clean_first, clean = _visits(
+        start, end, tl.maximum(inner[0], start), tl.minimum(inner[1], end), tile
+    )
+    return start, end, visits, clean_first, tl.where(is_inside, clean, 0)
+
+
+@triton.jit
+def _ends_in_volume(start, end, length):
+    """First and last token of `[start, end)` in the volume, whether there is any, and whether all are."""
+    first = tl.maximum(start, 0)
+    last = tl.minimum(end, length) - 1
+    is_inside = (start >= 0) & (end <= length)
+    # Defined where there is none too.
+    return tl.minimum(first, length - 1), tl.maximum(last, 0), first <= last, is_inside
+
+
+@triton.jit
+def key_walk(q_start, q_end, held, length, axis: tl.constexpr):
+    """What a Q tile visits on one axis: first key, end of the keys, visits, first clean visit, clean visits.
+
+    Args:
+      q_start: the tile's first query.
+      q_end: end of the own slab's queries.
+      held: `[first, end)` of the keys that there are.
+      length: of the group.
+      axis: the rule.
+    """
     if axis.is_flat:
-        return 0, 1, 0, 1
+        return 0, 1, 1, 0, 1
+    elif axis.is_slab:
+        end = tl.minimum(q_start + axis.q_tile, q_end)
+        first, last, sees, is_inside = _ends_in_volume(q_start, end, length)
+        outer = key_first(first, length, axis), key_end(last, length, axis)
+        inner = key_first(last, length, axis), key_end(first, length, axis)
+        return _slab_visits(outer, inner, held, sees, is_inside, axis.kv_tile)
     else:
+        # A tile past the end of a short group does no work, but its walk must be defined.
+        q_start = tl.minimum(q_start, length - 1)
         q_last = tl.minimum(q_start + axis.q_tile, length) - 1
-        start = key_first(q_start, length, axis)
+        start, end = key_first(q_start, length, axis), key_end(q_last, length, axis)
         visits, clean_first, clean = _visits(
             start,
-            key_end(q_last, length, axis),
+            end,
             key_first(q_last, length, axis),
             key_end(q_start, length, axis),
             axis.kv_tile,
         )
-        return start, visits, clean_first, clean
+        return start, end, visits, clean_first, clean
 
 
 @triton.jit
-def query_walk(kv_start, length, axis: tl.constexpr):
-    """`key_walk` with the roles exchanged: what the KV tile at `kv_start` visits."""
+def query_walk(kv_start, kv_end, held, length, axis: tl.constexpr):
+    """`key_walk` with the roles exchanged: what a KV tile visits."""
     if axis.is_flat:
-        return 0, 1, 0, 1
+        return 0, 1, 1, 0, 1
+    elif axis.is_slab:
+        end = tl.minimum(kv_start + axis.kv_tile, kv_end)
+        first, last, sees, is_inside = _ends_in_volume(kv_start, end, length)
+        outer = query_first(first, length, axis), query_end(last, length, axis)
+        inner = query_first(last, length, axis), query_end(first, length, axis)
+        return _slab_visits(outer, inner, held, sees, is_inside, axis.q_tile)
     else:
+        kv_start = tl.minimum(kv_start, length - 1)
         kv_last = tl.minimum(kv_start + axis.kv_tile, length) - 1
-        start = query_first(kv_start, length, axis)
+        start, end = query_first(kv_start, length, axis), query_end(kv_last, length, axis)
         visits, clean_first, clean = _visits(
             start,
-            query_end(kv_last, length, axis),
+            end,
             query_first(kv_last, length, axis),
             query_end(kv_start, length, axis),
             axis.q_tile,
         )
-        return start, visits, clean_first, clean
+        return start, end, visits, clean_first, clean
 
 
 @triton.jit
@@ -128,11 +186,47 @@ def _tile_digit(tiles, axis: tl.constexpr, IS_INVERSE: tl.constexpr):
 
 
 @triton.jit
-def own_place(number, plan: tl.constexpr, IS_INVERSE: tl.constexpr):
-    """Of own tile `number`: residues, lengths and first tokens, each per axis, and whether it holds any token.
+def _floor_divide(number, divisor: tl.constexpr):
+    if divisor == 1:
+        return number
+    else:
+        quotient = number // divisor
+        return tl.where(quotient * divisor > number, quotient - 1, quotient)
+
+
+@triton.jit
+def _slab_axis(
+    residue, start, own_origin, visited_origin, axis: tl.constexpr, IS_INVERSE: tl.constexpr
+):
+    """`own_place` on one axis, from a residue of the own slab and the number of a token in its group.
+
+    Returns:
+      offset, start and end of the own tokens; offset, first and end of the visited ones; length of the volume's group.
+    """
+    own_tokens: tl.constexpr = axis.key_tokens if IS_INVERSE else axis.query_tokens
+    visited_tokens: tl.constexpr = axis.query_tokens if IS_INVERSE else axis.key_tokens
+    past: tl.constexpr = axis.dilation - 1
+    first = _floor_divide(own_origin + residue, axis.dilation)
+    volume_residue = own_origin + residue - first * axis.dilation
+    length = group_length(volume_residue, axis)
+    end = first + (own_tokens - residue + past) // axis.dilation
+    offset = volume_residue - visited_origin
+    held = _floor_divide(past - offset, axis.dilation)
+    held_end = _floor_divide(visited_tokens - offset + past, axis.dilation)
+    own = (volume_residue - own_origin, first + start, end)
+    return own, (offset, held, held_end), length
+
+
+@triton.jit
+def own_place(number, origins, plan: tl.constexpr, IS_INVERSE: tl.constexpr):
+    """Where own tile `number` lies, in positions of its dilation group. `origins` point to those of queries and keys; None: the whole volume.
 
     Groups row-major, tiles of a group row-major; Q tiles of a causal axis from the last on: the later a query the more keys it
     sees, and the GPU starts programs in their order.
+
+    Returns:
+      per axis offset, start and end of the own tokens (token `p` of the group is the array's `offset + dilation * p`); offset, first and
+      end of the tokens that may be visited; length of the group. And whether the tile holds any token.
     """
     third, rest = _tile_digit(number, plan.axes[2], IS_INVERSE)
     second, rest = _tile_digit(rest, plan.axes[1], IS_INVERSE)
@@ -144,39 +238,74 @@ def own_place(number, plan: tl.constexpr, IS_INVERSE: tl.constexpr):
         rest_of_axes % plan.axes[1].dilation,
         rest % plan.axes[2].dilation,
     )
+    owns = ()
+    visited = ()
     lengths = ()
     is_real = number >= 0
     for i in tl.static_range(3):
-        lengths = lengths + (group_length(residues[i], plan.axes[i]),)  # noqa: RUF005
-        is_real = is_real & (starts[i] < lengths[i])
-    return residues, lengths, starts, is_real
+        if plan.axes[i].is_slab:
+            own_origin = tl.load(origins[1 if IS_INVERSE else 0] + (i - plan.leading_axes))
+            visited_origin = tl.load(origins[0 if IS_INVERSE else 1] + (i - plan.leading_axes))
+            own, held, length = _slab_axis(
+                residues[i], starts[i], own_origin, visited_origin, plan.axes[i], IS_INVERSE
+            )
+        else:
+            length = group_length(residues[i], plan.axes[i])
+            own = (residues[i], starts[i], length)
+            held = (residues[i], 0, length)
+        owns = owns + (own,)  # noqa: RUF005
+        visited = visited + (held,)  # noqa: RUF005
+        lengths = lengths + (length,)  # noqa: RUF005
+        is_real = is_real & (own[1] < own[2])
+    return _transposed(owns), _transposed(visited), lengths, is_real
 
 
 @triton.jit
-def walk(starts, lengths, plan: tl.constexpr, IS_INVERSE: tl.constexpr):
-    """The walk of an own tile, per axis: first visited tokens, visits, first clean visits, clean visits."""
+def _transposed(axes):
+    """Three tuples of an entry per axis, from three of an entry per kind."""
+    first, second, third = axes
+    return (
+        (first[0], second[0], third[0]),
+        (first[1], second[1], third[1]),
+        (first[2], second[2], third[2]),
+    )
+
+
+@triton.jit
+def walk(own, visited, lengths, plan: tl.constexpr, IS_INVERSE: tl.constexpr):
+    """The walk of an own tile, per axis: first visited tokens, their ends, visits, first clean visits, clean visits.
+
+    First tokens and ends are the outer box: all tokens that one of the own tile's sees, none of them padding or outside the volume.
+    """
+    _, starts, own_ends = own
+    _, held_firsts, held_ends = visited
     firsts = ()
+    ends = ()
     counts = ()
     clean_firsts = ()
     clean_counts = ()
     for i in tl.static_range(3):
-        # A tile past the end of a short group does no work, but its walk must be defined.
-        start = tl.minimum(starts[i], lengths[i] - 1)
+        held = (held_firsts[i], held_ends[i])
         if IS_INVERSE:
-            first, count, clean_first, clean = query_walk(start, lengths[i], plan.axes[i])
+            first, end, count, clean_first, clean = query_walk(
+                starts[i], own_ends[i], held, lengths[i], plan.axes[i]
+            )
         else:
-            first, count, clean_first, clean = key_walk(start, lengths[i], plan.axes[i])
+            first, end, count, clean_first, clean = key_walk(
+                starts[i], own_ends[i], held, lengths[i], plan.axes[i]
+            )
         firsts = firsts + (first,)  # noqa: RUF005
+        ends = ends + (end,)  # noqa: RUF005
         counts = counts + (count,)  # noqa: RUF005
         clean_firsts = clean_firsts + (clean_first,)  # noqa: RUF005
         clean_counts = clean_counts + (clean,)  # noqa: RUF005
-    return firsts, counts, clean_firsts, clean_counts
+    return firsts, ends, counts, clean_firsts, clean_counts
 
 
 @triton.jit
 def clean_start(step, box, plan: tl.constexpr, IS_INVERSE: tl.constexpr):
     """First tokens of clean visit `step` of a walk, row-major."""
-    firsts, _, clean_firsts, cleans = box
+    firsts, _, _, clean_firsts, cleans = box
     rest = step // cleans[2]
     third = step - rest * cleans[2]
     first = rest // cleans[1]
@@ -191,7 +320,7 @@ def shell_start(step, box, plan: tl.constexpr, IS_INVERSE: tl.constexpr):
 
     Slices of an axis outside its clean range come first, whole; then those inside it, each with the shell of the axes after it.
     """
-    firsts, counts, clean_firsts, cleans = box
+    firsts, _, counts, clean_firsts, cleans = box
     if plan.axes[0].is_flat and plan.axes[1].is_flat:
         place = (0, 0, _shell_line(step, clean_firsts[2], cleans[2]))
     elif plan.axes[0].is_flat:

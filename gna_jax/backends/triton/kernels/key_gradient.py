@@ -13,12 +13,13 @@ from gna_jax.backends.triton.kernels.geometry import (
     query_end,
     query_first,
     shell_start,
+    visible_end,
     walk,
 )
 from gna_jax.backends.triton.kernels.query_gradient import load_statistics
 from gna_jax.backends.triton.kernels.scores import additional_count, num_visits, program_of
 from gna_jax.backends.triton.kernels.token_tiles import (
-    in_group,
+    before,
     key_base,
     key_bias_numbers,
     load_bias,
@@ -29,6 +30,7 @@ from gna_jax.backends.triton.kernels.token_tiles import (
     out_base,
     query_base,
     query_bias_numbers,
+    read_rows,
     seen,
     store_keys,
     store_values,
@@ -39,13 +41,16 @@ from gna_jax.backends.triton.kernels.token_tiles import (
 
 
 @triton.jit
-def _query_intervals(places, lengths, plan: tl.constexpr):
-    """Per axis, the queries `[first, end)` that see keys at these places."""
+def _query_intervals(places, lengths, box_ends, plan: tl.constexpr):
+    """Per axis, the queries `[first, end)` that see keys at these places; of slabs, none after the walk's box."""
     firsts = ()
     ends = ()
     for i in tl.static_range(3):
-        firsts = firsts + (query_first(places[i], lengths[i], plan.axes[i]),)  # noqa: RUF005
-        ends = ends + (query_end(places[i], lengths[i], plan.axes[i]),)  # noqa: RUF005
+        first = query_first(places[i], lengths[i], plan.axes[i])
+        end = query_end(places[i], lengths[i], plan.axes[i])
+        end = visible_end(first, end, places[i], lengths[i], box_ends[i], plan.axes[i])
+        firsts = firsts + (first,)  # noqa: RUF005
+        ends = ends + (end,)  # noqa: RUF005
     return firsts, ends
 
 
@@ -81,10 +86,10 @@ def _visit(
     """One Q tile of one head."""
     key_tile, value_tile, key_places = own
     query, bias, out_cotangent, lse, delta = arrays
-    residues, lengths = group
+    offsets, lengths, ends = group
     places = tile_places(starts, plan, False)
-    numbers = token_numbers(places, residues, plan)
-    real = in_group(places, lengths, plan)
+    numbers = token_numbers(places, offsets, plan, False)
+    real = before(places, ends, plan)
     from_query = query_base(query, sample, head, plan)
     from_out = out_base(out_cotangent, sample, head, plan)
     queries = load_queries(from_query, numbers, real, plan, MASKED)
@@ -92,8 +97,8 @@ def _visit(
     powers, less = load_statistics(lse, delta, sample, head, numbers, real, plan)
     scores = tl.dot(key_tile, tl.trans(queries), input_precision=plan.precision) * plan.scale_log2
     if MASKED:
-        firsts, ends = _query_intervals(key_places, lengths, plan)
-        mask = seen(firsts, ends, places, plan)
+        firsts, lasts = _query_intervals(key_places, lengths, ends, plan)
+        mask = seen(firsts, lasts, places, plan)
     else:
         mask = True
     if bias is not None:
@@ -111,6 +116,8 @@ def key_gradient_kernel(
     query,
     key,
     value,
+    query_origin,
+    key_origin,
     bias,
     out_cotangent,
     lse,
@@ -121,21 +128,23 @@ def key_gradient_kernel(
 ):
     """dK and dV of one KV tile, in their dtype."""
     sample, tile, kv_head = program_of(tl.program_id(0), plan.kv_tiles, plan.kv_heads)
-    residues, lengths, own, is_real = own_place(tile, plan, True)
-    box = walk(own, lengths, plan, True)
+    own, visited, lengths, is_real = own_place(tile, (query_origin, key_origin), plan, True)
+    box = walk(own, visited, lengths, plan, True)
     clean, shell = num_visits(box, is_real)
-    places = tile_places(own, plan, True)
-    group = (residues, lengths)
-    real = in_group(places, lengths, plan)
-    numbers = token_numbers(places, residues, plan)
-    from_key = key_base(key, sample, kv_head, plan.tokens, plan)
-    from_value = value_base(value, sample, kv_head, plan.tokens, plan)
-    keys = load_keys(from_key, numbers, real, plan, True)
-    values = load_values(from_value, numbers, real, plan, True)
+    offsets, own_starts, ends = own
+    places = tile_places(own_starts, plan, True)
+    group = (visited[0], lengths, box[1])
+    real = before(places, ends, plan)
+    is_read = read_rows(real, places, lengths, plan, True)
+    numbers = token_numbers(places, offsets, plan, True)
+    from_key = key_base(key, sample, kv_head, plan.key_tokens, plan)
+    from_value = value_base(value, sample, kv_head, plan.key_tokens, plan)
+    keys = load_keys(from_key, numbers, is_read, plan, True)
+    values = load_values(from_value, numbers, is_read, plan, True)
     # A padded key may fall outside the bias table; the last real one's entries serve as well.
     clamped = ()
     for i in tl.static_range(3):
-        clamped = clamped + (tl.minimum(places[i], lengths[i] - 1),)  # noqa: RUF005
+        clamped = clamped + (tl.minimum(places[i], ends[i] - 1),)  # noqa: RUF005
     tiles = (keys, values, clamped)
     arrays = (query, bias, out_cotangent, lse, delta)
     sums = (
@@ -151,8 +160,8 @@ def key_gradient_kernel(
         head, visit = _head_and_visit(step, shell, plan)
         starts = shell_start(visit, box, plan, True)
         sums = _visit(sums, tiles, arrays, sample, first_head + head, starts, group, plan, True)
-    key_change_base = key_base(key_change, sample, kv_head, plan.tokens, plan)
-    value_change_base = value_base(value_change, sample, kv_head, plan.tokens, plan)
+    key_change_base = key_base(key_change, sample, kv_head, plan.key_tokens, plan)
+    value_change_base = value_base(value_change, sample, kv_head, plan.key_tokens, plan)
     keys_sum, values_sum = sums
     store_keys(key_change_base, numbers, real, keys_sum * plan.scale, plan)
     store_values(value_change_base, numbers, real, values_sum, plan)
@@ -188,7 +197,7 @@ def additional_gradient_kernel(
     keys_sum = tl.zeros((plan.kv_rows, plan.head_columns), tl.float32)
     values_sum = tl.zeros((plan.kv_rows, plan.value_columns), tl.float32)
     first_token = run * plan.run_tokens
-    end = tl.minimum(first_token + plan.run_tokens, plan.tokens)
+    end = tl.minimum(first_token + plan.run_tokens, plan.query_tokens)
     steps = (end - first_token + plan.q_rows - 1) // plan.q_rows
     for step in range(0, tl.maximum(steps, 0) * plan.heads_per_kv):
         head = kv_head * plan.heads_per_kv + step % plan.heads_per_kv

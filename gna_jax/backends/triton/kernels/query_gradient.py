@@ -15,14 +15,15 @@ from gna_jax.backends.triton.kernels.scores import (
     window_scores,
 )
 from gna_jax.backends.triton.kernels.token_tiles import (
+    before,
     head_base,
-    in_group,
     key_base,
     load_outs,
     load_queries,
     load_values,
     out_base,
     query_base,
+    read_rows,
     store_queries,
     tile_places,
     token_numbers,
@@ -32,12 +33,17 @@ from gna_jax.backends.triton.kernels.token_tiles import (
 
 @triton.jit
 def load_statistics(lse, delta, sample, head, numbers, real, plan: tl.constexpr):
-    """lse in powers of two and delta of queries. Padding weighs nothing: its lse is infinite."""
-    lse_base = head_base(lse, sample, head, plan.tokens, plan.query_heads, 1)
-    delta_base = head_base(delta, sample, head, plan.tokens, plan.query_heads, 1)
+    """lse in powers of two and delta of queries. Padding weighs nothing: its lse is infinite. Nor does a slab's query without keys."""
+    lse_base = head_base(lse, sample, head, plan.query_tokens, plan.query_heads, 1)
+    delta_base = head_base(delta, sample, head, plan.query_tokens, plan.query_heads, 1)
     places = numbers * plan.query_heads
     powers = tl.load(lse_base + places, mask=real, other=float("inf")) * plan.log2_e
-    return powers, tl.load(delta_base + places, mask=real, other=0.0)
+    less = tl.load(delta_base + places, mask=real, other=0.0)
+    if plan.is_slab:
+        sees_none = powers == float("-inf")
+        powers = tl.where(sees_none, float("inf"), powers)
+        less = tl.where(sees_none, 0.0, less)
+    return powers, less
 
 
 @triton.jit
@@ -60,6 +66,8 @@ def query_gradient_kernel(
     query,
     key,
     value,
+    query_origin,
+    key_origin,
     bias,
     additional_keys,
     additional_values,
@@ -73,20 +81,22 @@ def query_gradient_kernel(
     """dQ of one Q tile, in its dtype."""
     sample, tile, head = program_of(tl.program_id(0), plan.q_tiles, plan.query_heads)
     kv_head = head // plan.heads_per_kv
-    residues, lengths, own, is_real = own_place(tile, plan, False)
-    box = walk(own, lengths, plan, False)
+    own, visited, lengths, is_real = own_place(tile, (query_origin, key_origin), plan, False)
+    box = walk(own, visited, lengths, plan, False)
     clean, shell = num_visits(box, is_real)
-    places = tile_places(own, plan, False)
-    group = (residues, lengths)
-    real = in_group(places, lengths, plan)
-    numbers = token_numbers(places, residues, plan)
+    offsets, own_starts, ends = own
+    places = tile_places(own_starts, plan, False)
+    group = (visited[0], lengths, ends, box[1])
+    real = before(places, ends, plan)
+    is_read = read_rows(real, places, lengths, plan, False)
+    numbers = token_numbers(places, offsets, plan, False)
     from_query = query_base(query, sample, head, plan)
     from_out = out_base(out_cotangent, sample, head, plan)
-    from_key = key_base(key, sample, kv_head, plan.tokens, plan)
-    from_value = value_base(value, sample, kv_head, plan.tokens, plan)
-    queries = load_queries(from_query, numbers, real, plan, True)
-    cotangent = load_outs(from_out, numbers, real, plan, True)
-    powers, less = load_statistics(lse, delta, sample, head, numbers, real, plan)
+    from_key = key_base(key, sample, kv_head, plan.key_tokens, plan)
+    from_value = value_base(value, sample, kv_head, plan.key_tokens, plan)
+    queries = load_queries(from_query, numbers, is_read, plan, True)
+    cotangent = load_outs(from_out, numbers, is_read, plan, True)
+    powers, less = load_statistics(lse, delta, sample, head, numbers, is_read, plan)
     rows = (cotangent, powers, less)
     sums = tl.zeros((plan.q_rows, plan.head_columns), tl.float32)
     for step in range(0, clean):

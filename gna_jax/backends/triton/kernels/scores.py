@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from gna_jax.backends.triton.kernels.geometry import key_end, key_first
+from gna_jax.backends.triton.kernels.geometry import key_end, key_first, visible_end
 from gna_jax.backends.triton.kernels.token_tiles import (
-    in_group,
+    before,
     key_bias_numbers,
     load_bias,
     load_keys,
@@ -17,13 +17,16 @@ from gna_jax.backends.triton.kernels.token_tiles import (
 
 
 @triton.jit
-def key_intervals(places, lengths, plan: tl.constexpr):
-    """Per axis, the keys `[first, end)` that queries at these places see."""
+def key_intervals(places, lengths, box_ends, plan: tl.constexpr):
+    """Per axis, the keys `[first, end)` that queries at these places see; of slabs, none after the walk's box."""
     firsts = ()
     ends = ()
     for i in tl.static_range(3):
-        firsts = firsts + (key_first(places[i], lengths[i], plan.axes[i]),)  # noqa: RUF005
-        ends = ends + (key_end(places[i], lengths[i], plan.axes[i]),)  # noqa: RUF005
+        first = key_first(places[i], lengths[i], plan.axes[i])
+        end = key_end(places[i], lengths[i], plan.axes[i])
+        end = visible_end(first, end, places[i], lengths[i], box_ends[i], plan.axes[i])
+        firsts = firsts + (first,)  # noqa: RUF005
+        ends = ends + (end,)  # noqa: RUF005
     return firsts, ends
 
 
@@ -37,7 +40,7 @@ def program_of(number, tiles, heads):
 @triton.jit
 def num_visits(box, is_real):
     """Clean visits and shell visits of a walk; none for a tile without tokens."""
-    _, counts, _, cleans = box
+    _, _, counts, _, cleans = box
     clean = cleans[0] * cleans[1] * cleans[2]
     shell = counts[0] * counts[1] * counts[2] - clean
     return tl.where(is_real, clean, 0), tl.where(is_real, shell, 0)
@@ -57,21 +60,22 @@ def window_scores(
 ):
     """Scores of a Q tile and the KV tile at `starts`, in powers of two; -inf for masked pairs.
 
-    `queries` are places, `group` is residues and lengths. Returns the K tile, the numbers of its tokens and which are real too.
+    `queries` are places; `group` is offsets of keys, lengths, and ends of own queries and of the walk's box. Returns the K tile, the
+    numbers of its tokens and which lie in the box too: where `MASKED`, no others are read.
     """
-    residues, lengths = group
+    offsets, lengths, own_ends, ends = group
     keys = tile_places(starts, plan, True)
-    numbers = token_numbers(keys, residues, plan)
-    real = in_group(keys, lengths, plan)
+    numbers = token_numbers(keys, offsets, plan, True)
+    real = before(keys, ends, plan)
     tile = load_keys(from_key, numbers, real, plan, MASKED)
     scores = tl.dot(query_tile, tl.trans(tile), input_precision=plan.precision) * plan.scale_log2
     if MASKED:
-        firsts, ends = key_intervals(queries, lengths, plan)
-        mask = seen(firsts, ends, keys, plan)
+        firsts, lasts = key_intervals(queries, lengths, ends, plan)
+        mask = seen(firsts, lasts, keys, plan)
     else:
         mask = True
     if bias is not None:
-        rows = query_bias_numbers(queries, lengths, plan)
+        rows = query_bias_numbers(queries, own_ends, plan)
         pairs = key_bias_numbers(keys, plan)[None, :] - rows[:, None]
         scores += load_bias(bias, head, pairs, mask, plan, MASKED)
     if MASKED:

@@ -23,23 +23,39 @@ def tile_places(starts, plan: tl.constexpr, IS_KEY: tl.constexpr):
 
 
 @triton.jit
-def in_group(places, lengths, plan: tl.constexpr):
-    """Which tokens of a tile are real: a tile may run past the end of its group."""
+def before(places, ends, plan: tl.constexpr):
+    """Which tokens of a tile lie before these ends on every axis: of the group, or of the box that a walk reads."""
     real = True
     for i in tl.static_range(3):
         if not plan.axes[i].is_flat:
-            real = real & (places[i] < lengths[i])
+            real = real & (places[i] < ends[i])
     return real
 
 
 @triton.jit
-def token_numbers(places, residues, plan: tl.constexpr):
-    """Row-major number of tokens in the layout."""
+def read_rows(real, places, lengths, plan: tl.constexpr, IS_KEY: tl.constexpr):
+    """Which real tokens of an own tile are read: of a slab those inside the volume, for memory outside it may hold anything.
+
+    Queries of a slab all see additional keys, where there are any.
+    """
+    if plan.is_slab and (IS_KEY or plan.num_additional == 0):
+        for i in tl.static_range(3):
+            if plan.axes[i].is_slab:
+                real = real & (places[i] >= 0) & (places[i] < lengths[i])
+    return real
+
+
+@triton.jit
+def token_numbers(places, offsets, plan: tl.constexpr, IS_KEY: tl.constexpr):
+    """Row-major number of tokens in their array."""
     number = 0
     for i in tl.static_range(3):
         if not plan.axes[i].is_flat:
-            place = residues[i] + plan.axes[i].dilation * places[i]
-            number = number * plan.axes[i].length + place
+            place = offsets[i] + plan.axes[i].dilation * places[i]
+            if IS_KEY:
+                number = number * plan.axes[i].key_tokens + place
+            else:
+                number = number * plan.axes[i].query_tokens + place
     return number
 
 
@@ -87,13 +103,13 @@ def store_rows(
 @triton.jit
 def query_base(array, sample, head, plan: tl.constexpr):
     """`head_base` of queries or their gradient."""
-    return head_base(array, sample, head, plan.tokens, plan.query_heads, plan.head_dim)
+    return head_base(array, sample, head, plan.query_tokens, plan.query_heads, plan.head_dim)
 
 
 @triton.jit
 def out_base(array, sample, head, plan: tl.constexpr):
     """`head_base` of out or its cotangent."""
-    return head_base(array, sample, head, plan.tokens, plan.query_heads, plan.value_dim)
+    return head_base(array, sample, head, plan.query_tokens, plan.query_heads, plan.value_dim)
 
 
 @triton.jit
@@ -187,12 +203,12 @@ def key_bias_numbers(places, plan: tl.constexpr):
 
 
 @triton.jit
-def query_bias_numbers(places, lengths, plan: tl.constexpr):
+def query_bias_numbers(places, ends, plan: tl.constexpr):
     """Every query's part of its pairs' numbers in the bias table. Padding stands for the last query: its pairs have entries too."""
     number = 0
     for i in tl.static_range(3):
         if not plan.axes[i].is_flat:
-            place = tl.minimum(places[i], lengths[i] - 1) - (plan.axes[i].extent - 1)
+            place = tl.minimum(places[i], ends[i] - 1) - (plan.axes[i].extent - 1)
             number = number + place * plan.bias_strides[i]
     return number
 
