@@ -39,7 +39,7 @@ LAYERS = (
     ("gna_jax.cli",),
     ("gna_jax.__main__",),
 )
-KERNEL_BACKENDS = ("gna_jax.backends.mosaic", "gna_jax.backends.cutlass")
+KERNEL_BACKENDS = tuple(f"gna_jax.backends.{name}" for name in ("cutlass", "mosaic", "slab_tiles"))
 KERNEL_BUILDERS = ("gna_jax.cli.build_cuda",)
 
 

@@ -64,6 +64,7 @@ CHOSEN = {
     "tiles past every end": case_of((3, 2), (3, 2), tiles=Tiles((16, 8), (8, 16), (8, 8), (8, 8))),
     "multi-query": case_1d(30, 7, heads_per_kv=8, num_additional=1, tiles=LINE, head_dim=4, batch=1),
     "three heads of two": case_1d(16, 5, kv_heads=2, heads_per_kv=3, has_bias=True, tiles=LINE, batch=1),
+    "two heads of two": case_1d(16, 5, kv_heads=2, tiles=LINE, batch=1, **SMALL),
     "no scores": case_1d(20, 5, scale=0.0, num_additional=2, tiles=LINE, **ONE),
     "scores upside down": case_1d(40, 19, scale=-1.0, tiles=LINE, **ONE),
     "more keys than tokens": case_1d(5, 3, num_additional=70, lengths=(70, 33), tiles=LINE, **SMALL),

@@ -71,7 +71,10 @@ FAULTS = {
         GROUPED, "out", "forward", "kv_head = head // plan.heads_per_kv", "kv_head = head % plan.kv_heads"
     ),
     "dQ of the wrong key head": Fault(
-        GROUPED, "d query", "query_gradient", "kv_head = head // plan.heads_per_kv", "kv_head = head % plan.kv_heads"
+        "two heads of two", "d query", "query_gradient", "kv_head = head // plan.heads_per_kv", "kv_head = head % plan.kv_heads"
+    ),
+    "dQ of the wrong key head, with a bias": Fault(
+        GROUPED, "d query", "bias_gradient", "kv_head = head // plan.heads_per_kv", "kv_head = head % plan.kv_heads"
     ),
     "dK of one query head": Fault(
         GROUPED, "d key", "key_gradient", "return head, step - head * visits", "return 0, step - head * visits"
@@ -96,6 +99,9 @@ FAULTS = {
     ),
     "lengths are ignored": Fault(
         "additional keys", "out", "scores", "tl.minimum(count, plan.num_additional)", "plan.num_additional + 0 * count"
+    ),
+    "what memory held is added to the bias' gradient": Fault(
+        "bias of two axes", "d relative_position_bias", "bias_gradient", "tl.where(is_first, 0.0, total)", "total + 0.0"
     ),
     "the last run of queries is left out": Fault(
         "additional keys", "d additional_keys", "key_gradient", "(end - first_token + plan.q_rows - 1) // plan.q_rows", "(end - first_token) // plan.q_rows"

@@ -15,14 +15,14 @@ import numpy as np
 from cuda_ffi import library
 from gna_jax.backends import mosaic
 from gna_jax.backends.mosaic import additional_keys, head_dims
-from gna_jax.backends.mosaic.partitioning import (
+from gna_jax.backends.mosaic.tiles import counted
+from gna_jax.backends.partitioning import (
     QUERY_HEADS,
     operand_axes,
     partitioned,
     row_axes,
     token_axes,
 )
-from gna_jax.backends.mosaic.tiles import counted
 from gna_jax.merge import merge_attentions
 from gna_jax.problem import Operands, Problem, Workload, check_gradients, without_float8
 from gna_jax.tiling import Tiles

@@ -10,18 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gna_jax.backends.mosaic import additional_keys, head_dims, slab_tiles
+from gna_jax.backends import slab_tiles
+from gna_jax.backends.mosaic import additional_keys, head_dims
 from gna_jax.backends.mosaic.kernels import Kernel as Kernel
 from gna_jax.backends.mosaic.kernels import interpretation
 from gna_jax.backends.mosaic.kernels import kernels as kernels
-from gna_jax.backends.mosaic.partitioning import (
+from gna_jax.backends.mosaic.tiles import complete, origin
+from gna_jax.backends.partitioning import (
     QUERY_HEADS,
     operand_axes,
     partitioned,
     row_axes,
     token_axes,
 )
-from gna_jax.backends.mosaic.tiles import complete, origin
 from gna_jax.merge import merge_attentions
 from gna_jax.problem import Operands, Problem, Workload
 from gna_jax.simulator import Simulation, predict

@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import pathlib
 
-from gna_jax.backends.mosaic import slab_tiles, tuned
+from gna_jax.backends import slab_tiles
+from gna_jax.backends.mosaic import tuned
 from gna_jax.backends.mosaic.head_dims import pad_problem
 from gna_jax.problem import Problem
 from gna_jax.simulator.roofline import Direction

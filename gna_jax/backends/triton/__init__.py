@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gna_jax.backends.mosaic.partitioning import (
+from gna_jax.backends.partitioning import (
     QUERY_HEADS,
     operand_axes,
     partitioned,
@@ -92,7 +92,8 @@ def backward(
     cotangents: Outputs,
 ) -> Operands:
     """Gradients of the floating operands; that of the bias per sample, `[B, N, ..]` float32."""
-    of_queries, of_keys = complete(problem, tiles, "query_gradient"), complete(problem, tiles)
+    job = "bias_gradient" if problem.has_bias else "query_gradient"
+    of_queries, of_keys = complete(problem, tiles, job), complete(problem, tiles)
     out, row = token_axes(problem.rank, QUERY_HEADS), row_axes(problem.rank)
     axes = _operand_axes(problem, operands)
     results = axes._replace(query_origin=None, key_origin=None, additional_lengths=None)
@@ -120,15 +121,16 @@ def _backward(
     out_cotangent, lse_cotangent = cotangents
     wide = out.astype(jnp.float32) * out_cotangent.astype(jnp.float32)
     rows = calls.Saved(out_cotangent, lse, wide.sum(axis=-1) - lse_cotangent)
-    query = calls.query_gradient(problem, operands, of_queries, rows)
+    bias = None
+    if operands.bias is None:
+        query = calls.query_gradient(problem, operands, of_queries, rows)
+    else:
+        query, bias = calls.biased_query_gradient(problem, operands, of_queries, rows)
     gradients = Operands(query, *calls.key_gradients(problem, operands, of_keys, rows))
     if operands.additional_keys is not None:
         keys, values = calls.additional_gradients(problem, operands, of_keys, rows)
         gradients = gradients._replace(additional_keys=keys, additional_values=values)
-    if operands.bias is not None:
-        bias = calls.bias_gradient(problem, operands, of_queries, rows)
-        gradients = gradients._replace(bias=bias)
-    return gradients
+    return gradients._replace(bias=bias)
 
 
 def _operand_axes(problem: Problem, operands: Operands) -> Operands:

@@ -12,7 +12,7 @@ from gna_jax.backends.triton.plan import KernelPlan
 from gna_jax.problem import Operands, Problem
 from gna_jax.tiling import Tiles
 
-PROGRAMS = 1024
+PROGRAMS = 2048
 """Programs that a kernel is split into where one per head and sample would be few: some for every multiprocessor."""
 
 
@@ -117,8 +117,13 @@ def additional_gradients(
     return key_change.astype(keys.dtype), value_change.astype(values.dtype)
 
 
-def bias_gradient(problem: Problem, operands: Operands, tiles: Tiles, saved: Saved) -> jax.Array:
-    """`[B, N, *(2 * window - 1)]` float32: every sample's share of the bias' gradient."""
+def biased_query_gradient(
+    problem: Problem, operands: Operands, tiles: Tiles, saved: Saved
+) -> tuple[jax.Array, jax.Array]:
+    """dQ, and every sample's share of the bias' gradient, `[B, N, *(2 * window - 1)]` float32.
+
+    Programs sum over runs of tiles, XLA over the runs.
+    """
     from gna_jax.backends.triton.kernels.bias_gradient import bias_gradient_kernel
 
     plan = forward_plan(problem, tiles)
@@ -127,16 +132,16 @@ def bias_gradient(problem: Problem, operands: Operands, tiles: Tiles, saved: Sav
     programs *= plan.runs
     scratch = jax.ShapeDtypeStruct((programs, plan.q_rows, plan.slots), jnp.float32)
     shape = (problem.batch, plan.runs, plan.query_heads, *operands.bias.shape[1:])
-    _, parts = _launch(
+    change, _, parts = _launch(
         problem,
         plan,
         bias_gradient_kernel,
-        (*operands[:5], operands.bias, *_statistics(saved)),
-        (scratch, jax.ShapeDtypeStruct(shape, jnp.float32)),
+        (*operands[:5], operands.bias, *_additional(operands), *_statistics(saved)),
+        (_like(operands.query), scratch, jax.ShapeDtypeStruct(shape, jnp.float32)),
         programs=programs,
         settings=tile_choice.settings(problem, "bias_gradient"),
     )
-    return parts.sum(axis=1)
+    return change, parts.sum(axis=1)
 
 
 def _with_runs(plan: KernelPlan, programs: int, most: int) -> KernelPlan:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from gna_jax.backends.mosaic import slab_tiles
+from gna_jax.backends import slab_tiles
 from gna_jax.backends.triton.plan import power_of_two
 from gna_jax.neighborhood import by
 from gna_jax.problem import Problem
@@ -46,13 +46,19 @@ _NARROW: dict[Job, dict[int, Settings]] = {
         32: Settings(64, 32, 4, 2),
         64: Settings(64, 32, 4, 2),
         128: Settings(64, 32, 4, 2),
-        256: Settings(64, 32, 8, 1),
+        256: Settings(32, 16, 8, 1),
     },
     "key_gradient": {
         32: Settings(32, 64, 4, 2),
         64: Settings(32, 64, 4, 2),
         128: Settings(32, 64, 8, 2),
         256: Settings(32, 32, 8, 1),
+    },
+    "bias_gradient": {
+        32: Settings(64, 32, 4, 1),
+        64: Settings(64, 32, 8, 1),
+        128: Settings(32, 32, 8, 1),
+        256: Settings(32, 16, 8, 1),
     },
 }
 """For windows of few keys, where less of a tile is masked, and for a bias, whose entries take registers."""
@@ -79,21 +85,27 @@ _WIDE: dict[Job, dict[int, Settings]] = {
 _EXACT: dict[Job, dict[int, Settings]] = {
     "forward": {
         32: Settings(32, 32, 4, 1),
-        64: Settings(32, 32, 4, 1),
-        128: Settings(32, 16, 4, 1),
+        64: Settings(32, 32, 8, 1),
+        128: Settings(32, 16, 8, 1),
         256: Settings(16, 16, 4, 1),
     },
     "query_gradient": {
         32: Settings(32, 32, 4, 1),
-        64: Settings(32, 32, 4, 1),
-        128: Settings(32, 16, 4, 1),
-        256: Settings(16, 16, 4, 1),
+        64: Settings(32, 16, 8, 1),
+        128: Settings(16, 16, 4, 1),
+        256: Settings(16, 16, 8, 1),
     },
     "key_gradient": {
+        32: Settings(32, 32, 8, 1),
+        64: Settings(32, 16, 8, 1),
+        128: Settings(16, 32, 8, 1),
+        256: Settings(16, 16, 8, 1),
+    },
+    "bias_gradient": {
         32: Settings(32, 32, 4, 1),
-        64: Settings(32, 32, 4, 1),
-        128: Settings(16, 32, 4, 1),
-        256: Settings(16, 16, 4, 1),
+        64: Settings(32, 16, 8, 1),
+        128: Settings(16, 16, 8, 1),
+        256: Settings(16, 16, 8, 1),
     },
 }
 """For float32, twice the bytes; exact products are computed without the matrix unit."""
@@ -111,18 +123,15 @@ def settings(problem: Problem, job: Job) -> Settings:
         table = _NARROW
     else:
         table = _WIDE
-    if job == "bias_gradient":  # it owns dQ's tiles, and keeps no loads in flight
-        return dataclasses.replace(table["query_gradient"][columns], num_stages=1)
     return table[job][columns]
 
 
 def _slab_table(problem: Problem) -> dict[Job, dict[int, Settings]]:
     """For slabs: what follows from origins, known at run time, takes registers. Fewer keys per tile, or more warps, leave enough."""
     table: dict[Job, dict[int, Settings]]
-    table = {job: {**rows, 256: _WIDE[job][256]} for job, rows in _NARROW.items()}
+    table = {job: {**rows, 256: _WIDE.get(job, rows)[256]} for job, rows in _NARROW.items()}
     if problem.dtype.itemsize == 4:
-        table = dict(_EXACT)
-        table["query_gradient"] = {**_EXACT["query_gradient"], 128: Settings(16, 16, 4, 1)}
+        table = _EXACT
     elif problem.has_bias:
         table["key_gradient"] = {**table["key_gradient"], 128: Settings(32, 32, 8, 2)}
     else:
@@ -139,7 +148,7 @@ def complete(problem: Problem, tiles: Tiles | None, job: Job = "forward") -> Til
     Args:
       problem: the call.
       tiles: what the caller named.
-      job: whose sizes `q` and `kv` have where the caller named none: of the forward or of dQ.
+      job: whose sizes `q` and `kv` have where the caller named none: of the forward, or of dQ with or without a bias.
     """
     if tiles is None:
         tiles = Tiles(*_best_shapes(problem, settings(problem, job), False), dynamic=True)

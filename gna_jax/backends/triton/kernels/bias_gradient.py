@@ -1,4 +1,4 @@
-"""The kernel of the relative position bias' gradient, in Triton: one run of Q tiles of one head and sample.
+"""The kernel of dQ and the relative position bias' gradient, in Triton: one run of Q tiles of one head and sample.
 
 A bias entry collects dS of every pair at its offset: a sum over diagonals. Atomics would add in any order, so every tile takes two
 steps instead. Its dS goes to a scratch memory of the program, by query and by the key's number in the query's window; then every
@@ -9,7 +9,12 @@ import triton
 import triton.language as tl
 
 from gna_jax.backends.triton.kernels.geometry import clean_start, own_place, shell_start, walk
-from gna_jax.backends.triton.kernels.query_gradient import load_statistics, score_gradient
+from gna_jax.backends.triton.kernels.products import product
+from gna_jax.backends.triton.kernels.query_gradient import (
+    additional_change,
+    load_statistics,
+    score_gradient,
+)
 from gna_jax.backends.triton.kernels.scores import (
     key_intervals,
     num_visits,
@@ -26,6 +31,7 @@ from gna_jax.backends.triton.kernels.token_tiles import (
     query_base,
     read_rows,
     seen,
+    store_queries,
     tile_places,
     token_numbers,
     value_base,
@@ -85,6 +91,7 @@ def _query_at(row, starts, plan: tl.constexpr):
 
 @triton.jit
 def _scatter_visit(
+    sums,
     scratch,
     tile,
     bases,
@@ -96,11 +103,11 @@ def _scatter_visit(
     plan: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dS of the pairs of one KV tile, to their slots."""
-    rows, cotangent, powers, less, real = tile
+    """dS of the pairs of one KV tile, to their slots; returns dQ before the scale with it."""
+    rows, (cotangent, powers, less), real = tile
     from_key, from_value = bases
     _, lengths, _, box_ends = group
-    scores, _, columns, seen_keys = window_scores(
+    scores, key_tile, columns, seen_keys = window_scores(
         rows, from_key, bias, head, starts, queries, group, plan, MASKED
     )
     values = load_values(from_value, columns, seen_keys, plan, MASKED)
@@ -113,6 +120,7 @@ def _scatter_visit(
     if MASKED:
         mask = mask & seen(firsts, ends, keys, plan)
     tl.store(scratch + places, change, mask=mask)
+    return product(change.to(key_tile.dtype), key_tile, sums, plan)
 
 
 @triton.jit
@@ -137,14 +145,21 @@ def bias_gradient_kernel(
     query_origin,
     key_origin,
     bias,
+    additional_keys,
+    additional_values,
+    additional_lengths,
     out_cotangent,
     lse,
     delta,
+    query_change,
     scratch,
     bias_change,
     plan: tl.constexpr,
 ):
-    """`bias_change [B, runs, N, entries]` float32 of one run of tiles; `scratch [programs, queries of a tile, window slots]`."""
+    """dQ of one run of tiles, in its dtype, and its share of the bias' gradient.
+
+    `bias_change [B, runs, N, entries]` float32; `scratch [programs, queries of a tile, window slots]`.
+    """
     program = tl.program_id(0)
     sample, run, head = program_of(program, plan.runs, plan.query_heads)
     kv_head = head // plan.heads_per_kv
@@ -156,6 +171,8 @@ def bias_gradient_kernel(
     )
     from_query = query_base(query, sample, head, plan)
     from_out = out_base(out_cotangent, sample, head, plan)
+    change_base = query_base(query_change, sample, head, plan)
+    additional = (additional_keys, additional_values, additional_lengths)
     first_tile = run * plan.run_tiles
     for tile in range(first_tile, tl.minimum(first_tile + plan.run_tiles, plan.q_tiles)):
         own, visited, lengths, is_real = own_place(tile, (query_origin, key_origin), plan, False)
@@ -167,16 +184,25 @@ def bias_gradient_kernel(
         real = before(places, ends, plan)
         is_read = read_rows(real, places, lengths, plan, False)
         numbers = token_numbers(places, offsets, plan, False)
-        rows = load_queries(from_query, numbers, is_read, plan, True)
+        queries = load_queries(from_query, numbers, is_read, plan, True)
         cotangent = load_outs(from_out, numbers, is_read, plan, True)
         powers, less = load_statistics(lse, delta, sample, head, numbers, is_read, plan)
-        loaded = (rows, cotangent, powers, less, real)
+        rows = (cotangent, powers, less)
+        loaded = (queries, rows, real)
+        sums = tl.zeros((plan.q_rows, plan.head_columns), tl.float32)
         for step in range(0, clean):
             starts = clean_start(step, box, plan, False)
-            _scatter_visit(scratch, loaded, bases, bias, head, starts, places, group, plan, False)
+            sums = _scatter_visit(
+                sums, scratch, loaded, bases, bias, head, starts, places, group, plan, False
+            )
         for step in range(0, shell):
             starts = shell_start(step, box, plan, False)
-            _scatter_visit(scratch, loaded, bases, bias, head, starts, places, group, plan, True)
+            sums = _scatter_visit(
+                sums, scratch, loaded, bases, bias, head, starts, places, group, plan, True
+            )
+        if additional_keys is not None:
+            sums = additional_change(sums, queries, rows, additional, sample, kv_head, plan)
+        store_queries(change_base, numbers, real, sums * plan.scale, plan)
         tl.debug_barrier()
         _collect(scratch, bias_change, own_starts, group, box, tile == first_tile, plan)
         tl.debug_barrier()

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from gna_jax.backends.triton.kernels.geometry import clean_start, own_place, shell_start, walk
+from gna_jax.backends.triton.kernels.products import product
 from gna_jax.backends.triton.kernels.scores import (
     additional_count,
     additional_scores,
@@ -41,9 +42,7 @@ def _add(sums, scores, value_tile, plan: tl.constexpr):
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weights, 1)
     values = values * shrink[:, None]
-    values = tl.dot(
-        weights.to(value_tile.dtype), value_tile, values, input_precision=plan.precision
-    )
+    values = product(weights.to(value_tile.dtype), value_tile, values, plan)
     return values, new_peak, total
 
 

@@ -16,6 +16,7 @@ from gna_jax.backends.triton.kernels.geometry import (
     visible_end,
     walk,
 )
+from gna_jax.backends.triton.kernels.products import product
 from gna_jax.backends.triton.kernels.query_gradient import load_statistics
 from gna_jax.backends.triton.kernels.scores import additional_count, num_visits, program_of
 from gna_jax.backends.triton.kernels.token_tiles import (
@@ -58,14 +59,10 @@ def _query_intervals(places, lengths, box_ends, plan: tl.constexpr):
 def _add(sums, weights, queries, cotangent, value_tile, delta, plan: tl.constexpr):
     """dK before the scale and dV with one more Q tile: `weights` are P^T."""
     key_change, value_change = sums
-    value_change = tl.dot(
-        weights.to(cotangent.dtype), cotangent, value_change, input_precision=plan.precision
-    )
-    products = tl.dot(value_tile, tl.trans(cotangent), input_precision=plan.precision)
+    value_change = product(weights.to(cotangent.dtype), cotangent, value_change, plan)
+    products = product(value_tile, tl.trans(cotangent), None, plan)
     change = weights * (products - delta[None, :])
-    key_change = tl.dot(
-        change.to(queries.dtype), queries, key_change, input_precision=plan.precision
-    )
+    key_change = product(change.to(queries.dtype), queries, key_change, plan)
     return key_change, value_change
 
 
@@ -95,7 +92,7 @@ def _visit(
     queries = load_queries(from_query, numbers, real, plan, MASKED)
     cotangent = load_outs(from_out, numbers, real, plan, MASKED)
     powers, less = load_statistics(lse, delta, sample, head, numbers, real, plan)
-    scores = tl.dot(key_tile, tl.trans(queries), input_precision=plan.precision) * plan.scale_log2
+    scores = product(key_tile, tl.trans(queries), None, plan) * plan.scale_log2
     if MASKED:
         firsts, lasts = _query_intervals(key_places, lengths, ends, plan)
         mask = seen(firsts, lasts, places, plan)
@@ -209,7 +206,7 @@ def additional_gradient_kernel(
         queries = load_queries(from_query, tokens, real, plan, True)
         cotangent = load_outs(from_out, tokens, real, plan, True)
         powers, less = load_statistics(lse, delta, sample, head, tokens, real, plan)
-        scores = tl.dot(keys, tl.trans(queries), input_precision=plan.precision) * plan.scale_log2
+        scores = product(keys, tl.trans(queries), None, plan) * plan.scale_log2
         scores = tl.where(is_seen[:, None], scores, float("-inf"))
         weights = tl.exp2(scores - powers[None, :])
         keys_sum, values_sum = _add(

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from gna_jax.backends.triton.kernels.geometry import clean_start, own_place, shell_start, walk
+from gna_jax.backends.triton.kernels.products import product
 from gna_jax.backends.triton.kernels.scores import (
     additional_count,
     additional_scores,
@@ -50,15 +51,32 @@ def load_statistics(lse, delta, sample, head, numbers, real, plan: tl.constexpr)
 def score_gradient(scores, cotangent, value_tile, powers, delta, plan: tl.constexpr):
     """dS of a Q tile and a tile of keys, before the scale; 0 where the score is -inf."""
     weights = tl.exp2(scores - powers[:, None])
-    products = tl.dot(cotangent, tl.trans(value_tile), input_precision=plan.precision)
+    products = product(cotangent, tl.trans(value_tile), None, plan)
     return weights * (products - delta[:, None])
 
 
 @triton.jit
 def _add(sums, scores, rows, key_tile, value_tile, plan: tl.constexpr):
+    """dQ before the scale with one more tile of keys. `rows` are dO, lse in powers of two and delta of the queries."""
     cotangent, powers, delta = rows
     change = score_gradient(scores, cotangent, value_tile, powers, delta, plan)
-    return tl.dot(change.to(key_tile.dtype), key_tile, sums, input_precision=plan.precision)
+    return product(change.to(key_tile.dtype), key_tile, sums, plan)
+
+
+@triton.jit
+def additional_change(sums, queries, rows, additional, sample, kv_head, plan: tl.constexpr):
+    """dQ before the scale with the additional keys."""
+    keys, values, lengths = additional
+    from_key = key_base(keys, sample, kv_head, plan.num_additional, plan)
+    from_value = value_base(values, sample, kv_head, plan.num_additional, plan)
+    count = additional_count(lengths, sample, plan)
+    for start in range(0, count, plan.kv_rows):
+        scores, key_tile, columns, seen_keys = additional_scores(
+            queries, from_key, start, count, plan, plan.kv_rows
+        )
+        value_tile = load_values(from_value, columns, seen_keys, plan, True)
+        sums = _add(sums, scores, rows, key_tile, value_tile, plan)
+    return sums
 
 
 @triton.jit
@@ -114,14 +132,7 @@ def query_gradient_kernel(
         values = load_values(from_value, columns, seen_keys, plan, True)
         sums = _add(sums, scores, rows, keys, values, plan)
     if additional_keys is not None:
-        from_key = key_base(additional_keys, sample, kv_head, plan.num_additional, plan)
-        from_value = value_base(additional_values, sample, kv_head, plan.num_additional, plan)
-        count = additional_count(additional_lengths, sample, plan)
-        for start in range(0, count, plan.kv_rows):
-            scores, keys, columns, seen_keys = additional_scores(
-                queries, from_key, start, count, plan, plan.kv_rows
-            )
-            values = load_values(from_value, columns, seen_keys, plan, True)
-            sums = _add(sums, scores, rows, keys, values, plan)
+        additional = (additional_keys, additional_values, additional_lengths)
+        sums = additional_change(sums, queries, rows, additional, sample, kv_head, plan)
     change_base = query_base(query_change, sample, head, plan)
     store_queries(change_base, numbers, real, sums * plan.scale, plan)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from gna_jax.backends.triton.kernels.geometry import key_end, key_first, visible_end
+from gna_jax.backends.triton.kernels.products import product
 from gna_jax.backends.triton.kernels.token_tiles import (
     before,
     key_bias_numbers,
@@ -68,7 +69,7 @@ def window_scores(
     numbers = token_numbers(keys, offsets, plan, True)
     real = before(keys, ends, plan)
     tile = load_keys(from_key, numbers, real, plan, MASKED)
-    scores = tl.dot(query_tile, tl.trans(tile), input_precision=plan.precision) * plan.scale_log2
+    scores = product(query_tile, tl.trans(tile), None, plan) * plan.scale_log2
     if MASKED:
         firsts, lasts = key_intervals(queries, lengths, ends, plan)
         mask = seen(firsts, lasts, keys, plan)
@@ -91,7 +92,7 @@ def additional_scores(
     numbers = start + tl.arange(0, COLUMNS)
     real = numbers < count
     tile = load_keys(from_key, numbers, real, plan, True)
-    scores = tl.dot(query_tile, tl.trans(tile), input_precision=plan.precision) * plan.scale_log2
+    scores = product(query_tile, tl.trans(tile), None, plan) * plan.scale_log2
     return tl.where(real[None, :], scores, float("-inf")), tile, numbers, real
 
 
