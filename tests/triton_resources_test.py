@@ -87,6 +87,16 @@ def test_gradients_under_vmap_are_two_more_kernels():
     assert kernels(text) == 3 and "stablehlo.while" not in text
 
 
+def test_exports_where_its_custom_call_is_allowed():
+    x = jax.ShapeDtypeStruct((2, 24, 4, 32), jnp.bfloat16)
+    run = jax.jit(lambda x: gna(x, x, x, **OPTIONS))
+    allowed = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")
+    exported = jax.export.export(run, platforms=("cuda",), disabled_checks=[allowed])(x)
+    again = jax.export.deserialize(exported.serialize())
+    assert again.out_avals == (jax.core.ShapedArray(x.shape, x.dtype),)
+    assert kernels(again.mlir_module()) == 1
+
+
 def test_shard_map_keeps_its_shares():
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("batch", "heads"))
     spec = PartitionSpec("batch", None, "heads")
