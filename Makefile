@@ -109,13 +109,16 @@ test-triton-parts:
 	@.ci/setup $(TRITON_VENV) test,triton $(JAX)
 	@version=$$($(TRITON_VENV)/bin/python -c 'import jaxlib; print(jaxlib.__version__)'); \
 	  $(TRITON_VENV)/bin/python -m pip install --quiet --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
-	@TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python $(PYTEST) -m "$(TRITON_CHOICE)" $(TRITON_VALUES) $(PYTEST_ARGS) | tee build/pytest-triton-values.log
-	@$(TRITON_VENV)/bin/python $(PYTEST) -m "$(TRITON_CHOICE)" $(TRITON_COMPILED) $(PYTEST_ARGS) | tee build/pytest-triton-compiled.log
+	@TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python $(PYTEST) -m "$(TRITON_CHOICE)" $(TRITON_VALUES) $(TRITON_REPORT:%=%-values.xml) $(PYTEST_ARGS) | tee build/pytest-triton-values.log
+	@$(TRITON_VENV)/bin/python $(PYTEST) -m "$(TRITON_CHOICE)" $(TRITON_COMPILED) $(TRITON_REPORT:%=%-compiled.xml) $(PYTEST_ARGS) | tee build/pytest-triton-compiled.log
 
-test-all: setup ## the tests, those of the GPU kernels and those marked slow: some hours
+test-all: setup ## the tests, those of the GPU kernels and those marked slow: some hours; rewrites tests/all_results.md
 	@mkdir -p build
-	@$(VENV)/bin/python $(PYTEST) -m "not gpu and not triton" $(PYTEST_ARGS) | tee build/pytest-all.log
-	@$(MAKE) test-triton-parts TRITON_CHOICE=triton
+	@rm -f build/all-*.xml; status=0; \
+	$(VENV)/bin/python $(PYTEST) -m "not gpu and not triton" --junitxml=build/all-newest.xml $(PYTEST_ARGS) | tee build/pytest-all.log || status=$$?; \
+	$(MAKE) test-triton-parts TRITON_CHOICE=triton TRITON_REPORT=--junitxml=build/all-triton || status=$$?; \
+	$(VENV)/bin/python tests/all_results.py build/all-*.xml > tests/all_results.md; \
+	exit $$status
 
 RUN_BAZEL = PATH="$(abspath $(VENV))/bin:$$PATH" $(BAZEL) --output_user_root=$(CURDIR)/build/bazel
 

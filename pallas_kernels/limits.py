@@ -167,7 +167,7 @@ def supports(problem: Problem, tiles: Tiles | None) -> str | None:
     generation = generation_of(problem)
     if generation is None:
         names = ", ".join(f"{g.name} ({_capabilities(g)})" for g in GENERATIONS)
-        return f"the Pallas kernels run on {names}; got {problem.device.kind}: name such a device, or use 'xla'"
+        return f"the Pallas kernels run on {names}; got {problem.device.kind}: name such a device, or use 'triton' (Ampere and later) or 'xla'"
     reason = _refused_call(problem)
     if reason is None and tiles is not None:
         reason = _refused_tiles(problem, tiles, generation)

@@ -65,7 +65,7 @@ def _refused_call(problem: Problem) -> str | None:
     if device.compute_capability not in Q_TILE_TOKENS:
         return (
             "the CUTLASS kernels run on compute capability 9.0 (Hopper) and 10.0 (Blackwell);"
-            f" got {device.kind}: name such a device, or use 'xla'"
+            f" got {device.kind}: name such a device, or use 'triton' (Ampere and later) or 'xla'"
         )
     if device.is_interpreted:
         return f"the CUTLASS kernels are machine code, and {device.kind} is interpreted here: use 'mosaic', which can be"

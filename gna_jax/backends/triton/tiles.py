@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from gna_jax.backends import slab_tiles
+from gna_jax.backends.triton.dots import input_precision
 from gna_jax.backends.triton.plan import power_of_two
 from gna_jax.neighborhood import by
 from gna_jax.problem import Problem
@@ -109,6 +110,33 @@ _EXACT: dict[Job, dict[int, Settings]] = {
     },
 }
 """For float32, twice the bytes; exact products are computed without the matrix unit."""
+_TF32: dict[Job, dict[int, Settings]] = {
+    "forward": {
+        32: Settings(64, 32, 4, 2),
+        64: Settings(64, 32, 4, 2),
+        128: Settings(64, 32, 8, 2),
+        256: Settings(32, 32, 8, 1),
+    },
+    "query_gradient": {
+        32: Settings(64, 32, 4, 2),
+        64: Settings(64, 32, 4, 2),
+        128: Settings(32, 32, 8, 1),
+        256: Settings(16, 16, 8, 1),
+    },
+    "key_gradient": {
+        32: Settings(32, 64, 4, 2),
+        64: Settings(32, 32, 4, 1),
+        128: Settings(16, 32, 8, 1),
+        256: Settings(16, 16, 8, 1),
+    },
+    "bias_gradient": {
+        32: Settings(64, 32, 4, 1),
+        64: Settings(64, 32, 8, 1),
+        128: Settings(32, 32, 8, 1),
+        256: Settings(16, 16, 8, 1),
+    },
+}
+"""For float32 rounded to TF32, on the matrix unit."""
 FEW_KEYS = 256
 
 
@@ -118,7 +146,7 @@ def settings(problem: Problem, job: Job) -> Settings:
     if problem.is_slab:
         table = _slab_table(problem)
     elif problem.dtype.itemsize == 4:
-        table = _EXACT
+        table = _TF32 if input_precision(problem) == "tf32" else _EXACT
     elif problem.has_bias or math.prod(problem.window_extent) <= FEW_KEYS:
         table = _NARROW
     else:
