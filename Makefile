@@ -100,7 +100,7 @@ test-kernels-parts: setup
 # Triton interprets in one process and compiles in the other: it decides at its import. jax's compiler for CUDA is in two of its wheels.
 test-triton: ## Triton kernels without a GPU: values in Triton's interpreter, then compiled; in .venv-triton (2 GB)
 	@mkdir -p build
-	@.ci/timed "Triton kernels" 300 $(MAKE) test-triton-parts TRITON_CHOICE="triton and not slow"
+	@.ci/timed "Triton kernels" 240 $(MAKE) test-triton-parts TRITON_CHOICE="triton and not slow"
 	@.ci/timed
 	@tail -qn 1 build/pytest-triton-values.log build/pytest-triton-compiled.log
 
