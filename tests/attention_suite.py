@@ -6,6 +6,7 @@ included, is written out here in numpy float64 and shares no arithmetic with the
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -130,6 +131,24 @@ class Case:
         )
         device = KNOWN_DEVICES["cpu"]
         return describe(operands, self.neighborhood, scale=None, precision=None, device=device)
+
+
+def stacked(
+    case: Case, names: Sequence[str], size: int, axis: int = 0
+) -> tuple[Arrays, list[Arrays]]:
+    """A case's inputs whose `names` carry a mapped axis of `size` at `axis`; and the inputs of each entry."""
+    rng = np.random.default_rng(11)
+    arrays, entries = case.inputs(np.float32), []
+    for _ in range(size):
+        entry = dict(arrays)
+        for name in names:
+            if name == LENGTHS:
+                entry[name] = rng.integers(0, case.num_additional + 1, case.batch).astype(np.int32)
+            else:
+                entry[name] = rng.standard_normal(arrays[name].shape).astype(np.float32)
+        entries.append(entry)
+    joined = arrays | {name: np.stack([e[name] for e in entries], axis) for name in names}
+    return joined, entries
 
 
 def accumulator(dtype: Any) -> Any:

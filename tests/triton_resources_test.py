@@ -20,8 +20,9 @@ JOBS = ("forward", "query_gradient", "key_gradient")
 
 def check(job, problem, capability):
     got = compiled(job, problem, capability)
-    # Of float32 ptxas keeps a value or two out where another program fits the multiprocessor then; an exact, wide dQ has too many.
-    assert got.spilled <= (0 if problem.dtype.itemsize == 2 else 64), got[:3]
+    # Of float32 ptxas keeps a few values out where another program fits the multiprocessor then; a wide dQ has too many.
+    most = 64 if job == "query_gradient" and problem.head_dim == 256 else 24
+    assert got.spilled <= (0 if problem.dtype.itemsize == 2 else most), got[:3]
     assert got.shared_memory <= SHARED_MEMORY[capability], got[:3]
     if problem.dtype.itemsize == 2:
         assert re.search(r"\b(mma\.sync|wgmma\.mma_async)", got.ptx), "the matrix unit is used"

@@ -20,6 +20,7 @@ from attention_suite import (
     check_close,
     differentiate,
     oracle,
+    stacked,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from triton_calls import LINE, SMALL, TOLERANCE, interpreting
@@ -48,22 +49,6 @@ def run(arrays, cotangents):
     return differentiate(triton(CASE), arrays, cotangents)
 
 
-def stacked(names, axis=0):
-    """Inputs whose `names` carry a mapped axis of SIZE at `axis`; and the inputs of each entry."""
-    rng = np.random.default_rng(11)
-    arrays, entries = CASE.inputs(np.float32), []
-    for _ in range(SIZE):
-        entry = dict(arrays)
-        for name in names:
-            if name == LENGTHS:
-                entry[name] = rng.integers(0, 4, CASE.batch).astype(np.int32)
-            else:
-                entry[name] = rng.standard_normal(arrays[name].shape).astype(np.float32)
-        entries.append(entry)
-    joined = arrays | {name: np.stack([e[name] for e in entries], axis) for name in names}
-    return joined, entries
-
-
 def interpreted(function, *arguments):
     """A jitted function's results as numpy arrays."""
     with interpreting():
@@ -75,7 +60,7 @@ def interpreted(function, *arguments):
 )
 def test_vmap_of_gradients(names):
     """One gradient per entry, also of operands that are not mapped."""
-    arrays, entries = stacked(names)
+    arrays, entries = stacked(CASE, names, SIZE)
     cotangents = CASE.cotangents(np.float32)
     axes = {name: 0 if name in names else None for name in arrays}
     got = interpreted(jax.vmap(run, in_axes=(axes, None)), arrays, cotangents)
@@ -85,7 +70,7 @@ def test_vmap_of_gradients(names):
 
 
 def test_vmap_over_another_axis_and_cotangents():
-    arrays, entries = stacked(("query", BIAS), axis=1)
+    arrays, entries = stacked(CASE, ("query", BIAS), SIZE, axis=1)
     rng = np.random.default_rng(5)
     shapes = [(SIZE, *x.shape) for x in CASE.cotangents(np.float32)]
     cotangents = tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
@@ -99,7 +84,7 @@ def test_vmap_over_another_axis_and_cotangents():
 @pytest.mark.parametrize("names", [("key", "value", LENGTHS), (BIAS,)], ids="-".join)
 def test_gradient_of_vmap(names):
     """Operands that are not mapped gather the gradients of all entries."""
-    arrays, entries = stacked(names)
+    arrays, entries = stacked(CASE, names, SIZE)
     cotangents = tuple(np.stack([x] * SIZE) for x in CASE.cotangents(np.float32))
     axes = {name: 0 if name in names else None for name in arrays}
     mapped = jax.vmap(triton(CASE), in_axes=(axes,))
@@ -115,8 +100,8 @@ def test_gradient_of_vmap(names):
 def test_nested_vmap():
     """Queries outside, keys and bias inside."""
     inner_names = ("key", "value", BIAS)
-    queries, query_entries = stacked(("query",))
-    keys, key_entries = stacked(inner_names)
+    queries, query_entries = stacked(CASE, ("query",), SIZE)
+    keys, key_entries = stacked(CASE, inner_names, SIZE)
     cotangents = CASE.cotangents(np.float32)
     arrays = queries | {name: keys[name] for name in inner_names}
     inner = {name: 0 if name in inner_names else None for name in arrays}

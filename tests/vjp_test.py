@@ -18,6 +18,7 @@ from attention_suite import (
     check_close,
     differentiate,
     oracle,
+    stacked,
 )
 from jax import export
 
@@ -36,22 +37,6 @@ CASE = case_of(
     has_bias=True,
 )
 SIZE = 3
-
-
-def stacked(names, axis=0):
-    """Inputs whose `names` carry a mapped axis of SIZE at `axis`; and the inputs of each entry."""
-    rng = np.random.default_rng(11)
-    arrays, entries = CASE.inputs(np.float32), []
-    for _ in range(SIZE):
-        entry = dict(arrays)
-        for name in names:
-            if name == LENGTHS:
-                entry[name] = rng.integers(0, 4, CASE.batch).astype(np.int32)
-            else:
-                entry[name] = rng.standard_normal(arrays[name].shape).astype(np.float32)
-        entries.append(entry)
-    joined = arrays | {name: np.stack([e[name] for e in entries], axis) for name in names}
-    return joined, entries
 
 
 EVERY = (
@@ -82,7 +67,7 @@ def run(arrays, cotangents):
 @pytest.mark.parametrize("names", MAPPED, ids="-".join)
 def test_vmap_of_gradients(names):
     """One gradient per entry, also of operands that are not mapped."""
-    arrays, entries = stacked(names)
+    arrays, entries = stacked(CASE, names, SIZE)
     cotangents = CASE.cotangents(np.float32)
     axes = {name: 0 if name in names else None for name in arrays}
     got = jax.jit(jax.vmap(run, in_axes=(axes, None)))(arrays, cotangents)
@@ -92,7 +77,7 @@ def test_vmap_of_gradients(names):
 
 
 def test_vmap_over_another_axis_and_cotangents():
-    arrays, entries = stacked(("query", BIAS), axis=1)
+    arrays, entries = stacked(CASE, ("query", BIAS), SIZE, axis=1)
     rng = np.random.default_rng(5)
     shapes = [(SIZE, *x.shape) for x in CASE.cotangents(np.float32)]
     cotangents = tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
@@ -106,7 +91,7 @@ def test_vmap_over_another_axis_and_cotangents():
 @pytest.mark.parametrize("names", [("key", "value", LENGTHS), (BIAS,)], ids="-".join)
 def test_gradient_of_vmap(names):
     """Operands that are not mapped gather the gradients of all entries."""
-    arrays, entries = stacked(names)
+    arrays, entries = stacked(CASE, names, SIZE)
     cotangents = tuple(np.stack([x] * SIZE) for x in CASE.cotangents(np.float32))
     axes = {name: 0 if name in names else None for name in arrays}
     mapped = jax.vmap(lambda a: attend(CASE, a), in_axes=(axes,))
@@ -121,8 +106,8 @@ def test_gradient_of_vmap(names):
 
 def test_nested_vmap():
     """Queries outside, keys and bias inside."""
-    queries, query_entries = stacked(("query",))
-    keys, key_entries = stacked(("key", "value", BIAS))
+    queries, query_entries = stacked(CASE, ("query",), SIZE)
+    keys, key_entries = stacked(CASE, ("key", "value", BIAS), SIZE)
     cotangents = CASE.cotangents(np.float32)
     inner_names = ("key", "value", BIAS)
     arrays = queries | {name: keys[name] for name in inner_names}
